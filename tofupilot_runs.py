@@ -1,0 +1,3424 @@
+#!/usr/bin/env python3
+"""Everything of `tofupilot runs` in one file: list, read, create and delete the test runs of a
+TofuPilot server, attach files to them, and keep them in a queue while the network is away.
+
+Nothing to install: copy this file to any machine that has Python 3.6 or newer and start with
+
+    python3 tofupilot_runs.py --help
+
+As a module it has `Client` and the errors it raises. The rooms of this file, in the order in
+which a command flows; each uses only those above it:
+
+    errors        what a caller can do next decides the type, the type decides the exit status
+    values        text to what goes over the wire, and back to what people read
+    fields        the one table: every flag, request field, check and line of help
+    identity      which server, which key
+    transport     one kept connection per host; is it the API speaking?
+    client        the operations of the API, retries, one run per create
+    attaching     the one way in which files reach a run
+    queue         runs that wait for the network: one SQLite file, its states and moves
+    output        tables, reports, JSON, CSV
+    commands      what each subcommand does; they return values, only main prints
+    command line  flags, help, and main
+"""
+f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
+
+import argparse
+import collections
+import contextlib
+import datetime
+import json
+import math
+import os
+import re
+import stat
+import sys
+import time
+
+__version__ = "1.0.0"
+__all__ = ["Client", "Error", "BadInput", "AccessDenied", "NotFound", "Refused", "Unavailable"]
+
+PROG = "tofupilot_runs.py"
+CLOUD = "https://www.tofupilot.app"
+ANSWER_LIMIT, ERROR_LIMIT = 64 << 20, 64 << 10      # bytes of an answer, of one that is an error
+BLOCK = 64 << 10            # bytes of a file in memory; a socket's time-out counts for a block
+PATIENCE = 60               # seconds that the waits of one direct command may add up to
+CONNECT = 10                # seconds for each address of a host
+LONGEST_WAIT = 3600         # seconds between two tries, in the queue too
+UPLOAD_WINDOW = 45          # seconds in which a PUT must begin: upload URLs live 60
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+class Error(Exception):
+    """Something failed. `message` says what and why, `hint` what to do next.
+
+    `status` is the HTTP status or None, `code` the server's word, `issues` the list of single
+    problems, `id` the run's ID where a run was stored all the same.
+    """
+    exit_code, id = 1, None
+
+    def __init__(self, message, hint="", status=None, code=None, issues=()):
+        super().__init__(message)
+        self.message, self.hint, self.status, self.code = message, hint, status, code
+        self.issues = list(issues)
+
+    def as_json(self):
+        """The object that --json prints on stderr."""
+        found = {"type": "error", "message": self.message, "code": self.code,
+                 "status": self.status, "issues": self.issues, "exit_code": self.exit_code,
+                 "hint": self.hint or None}
+        return dict(found, id=self.id) if self.id else found
+
+    def as_text(self):
+        """What people read: what failed, why, what to do next."""
+        lines = self.message.split("\n") + [shown(issue, 500) for issue in self.issues[:20]]
+        if len(self.issues) > 20:
+            lines.append(f"and {len(self.issues) - 20} more (all of them with --json)")
+        lines += ["Fix: " + line if number == 0 else "  " + line
+                  for number, line in enumerate(self.hint.split("\n")) if line]
+        return "error: " + "\n  ".join(shown(line) for line in lines)
+
+
+class BadInput(Error):
+    """Wrong usage or bad data; nothing was sent. Fix the call."""
+    exit_code = 2
+
+
+class AccessDenied(Error):
+    """No key, or one that is not accepted or not allowed to (401, 403). Fix the key."""
+    exit_code = 3
+
+
+class NotFound(Error):
+    """No such run, upload, queue entry or queue file (404). Fix the ID."""
+    exit_code = 4
+
+
+class Refused(Error):
+    """The server refused the data (other 4xx). Fix the data."""
+    exit_code = 5
+
+
+class Unavailable(Error):
+    """Network, TLS, overload, or not the API's answer. The same call again later is safe.
+
+    `sent` is False where surely nothing reached the server, `again` where trying again at once is
+    useless; `stale`: a kept connection had died; `retry_after`: seconds that the server asks for.
+    """
+    exit_code = 6
+    sent, again, stale, retry_after = True, True, False, None
+
+
+class NotTheAPI(Unavailable):
+    """What answered is not the API: a login portal, a proxy, a redirect."""
+    again = False
+
+
+class Stopped(Error):
+    """Ctrl-C, SIGTERM (143), or a question answered with no."""
+    exit_code = 130
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: no handler of errors may take it for one."""
+
+
+# ---- values --------------------------------------------------------------------------------------
+
+# patterns as text: compiled where they are used, not at every start
+_TIME = (r"(?a)(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d)(?::(\d\d)([.,]\d+)?)?"
+         r"(?: ?([Zz]|[+-]\d\d:?\d\d))?")
+_ISO_DURATION = (r"(?a)P(?:(\d+)W|(?!.*W)(?=\d|T\d)(?:(\d+)Y)?(?:(\d+)M)?(?:(\d+)D)?"
+                 r"(?:T(?=\d)(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:[.,]\d+)?)S)?)?)")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_IDENTIFIER = r"[a-zA-Z0-9_.:+-]+"
+_UTC = datetime.timezone.utc
+
+
+def shown(value, limit=None, keep=""):
+    r"""Text from a server or a file, safe on a terminal: what is not printable is escaped.
+
+    >>> shown("a\x1b[2Jb\n\u202ec")
+    'a\\x1b[2Jb\\n\\u202ec'
+    """
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if limit and len(text) > limit:
+        text = text[:limit] + "..."
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii")
+        for c in text)
+
+
+def load_json(data):
+    """JSON from text or bytes (UTF-8, -16, -32, with or without a mark at the start).
+
+    ValueError for what JSON does not know (NaN, 1e999) and for what is too deep to read.
+    """
+    def number(text):
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]} is no number that JSON knows")
+        return value
+    try:
+        return json.loads(data, parse_float=number, parse_constant=number)
+    except RecursionError:
+        raise ValueError("too many brackets inside each other") from None
+
+
+def dump_json(value, indent=None):
+    """JSON as text, ASCII only, so that no stream can fail on it."""
+    return json.dumps(value, indent=indent, allow_nan=False)
+
+
+def parse_time(text, now=None):
+    """A time as the API takes it: ISO 8601 with an offset, every digit of its fraction kept.
+
+    Without an offset it is this machine's local time. With `now` (an aware datetime) also `now`,
+    `90s 30m 24h 7d 2w` (that long ago) and a bare date (local midnight).
+
+    >>> parse_time("2026-05-19 08:00:00.250+0200")
+    '2026-05-19T08:00:00.250+02:00'
+    >>> parse_time("90m", datetime.datetime(2026, 5, 19, 8, tzinfo=_UTC))
+    '2026-05-19T06:30:00.000+00:00'
+    """
+    text = text.strip()
+    past = re.fullmatch(r"(\d{1,9})([smhdw])|now", text.lower(), re.A)
+    date = re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.A)
+    if (past or date) and not now:
+        raise ValueError(f"{text} would make each repetition another run: give the whole time")
+    if past:
+        length = int(past.group(1) or 0) * _SECONDS[past.group(2) or "s"]
+        return (now - datetime.timedelta(seconds=length)).isoformat(timespec="milliseconds")
+    match = re.fullmatch(_TIME, text + "T00:00" if date else text)
+    if not match:
+        raise ValueError("not a time: use 2026-05-19T08:00:00Z, with any offset"
+                         + (", or 24h, or now" if now else ""))
+    *parts, fraction, offset = match.groups("")
+    local = datetime.datetime(*(int(part or 0) for part in parts))
+    if not offset:
+        offset = local.astimezone().isoformat()[19:25]
+    elif offset not in "Zz":
+        offset = offset[:3] + ":" + offset[-2:]
+        if offset[1:3] > "23" or offset[4:] > "59":
+            raise ValueError(f"{offset} is no offset")
+    return local.isoformat() + fraction.replace(",", ".") + offset.upper()
+
+
+def instant(text):
+    """The instant of a time with offset, in UTC, one spelling for one instant.
+
+    >>> instant("2026-05-19T08:00:00.2500+02:00")
+    '2026-05-19T06:00:00.25Z'
+    """
+    *parts, fraction, offset = re.fullmatch(_TIME, text).groups("")
+    when = datetime.datetime(*(int(part or 0) for part in parts))
+    if offset not in "Zz":
+        minutes = int(offset[1:3]) * 60 + int(offset[-2:])
+        when -= datetime.timedelta(minutes=minutes if offset[0] == "+" else -minutes)
+    return when.isoformat() + fraction.replace(",", ".").rstrip("0").rstrip(".") + "Z"
+
+
+def epoch(text):
+    """Seconds since 1970 of a time with offset, or None for anything else."""
+    try:
+        whole, _, fraction = instant(text)[:-1].partition(".")
+        when = datetime.datetime(*map(int, re.split("[-T:]", whole)), tzinfo=_UTC)
+        return when.timestamp() + float(f"0.{fraction or 0}")
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def parse_duration(text):
+    """A length of time as ISO 8601, from ISO 8601 or from 90s, 1h30m, 2d.
+
+    >>> parse_duration("1h30m"), parse_duration("PT1M30S")
+    ('PT5400S', 'PT1M30S')
+    """
+    text = text.strip()
+    if re.fullmatch(_ISO_DURATION, text.upper()):
+        return text.upper()
+    if not re.fullmatch(r"(?:\d{1,9}(?:\.\d+)?[smhdw])+", text, re.A):
+        raise ValueError("not a duration: use 90s, 1h30m or PT1M30S")
+    total = sum(float(number) * _SECONDS[unit]
+                for number, unit in re.findall(r"([\d.]+)([smhdw])", text))
+    return "PT" + f"{total:.3f}".rstrip("0").rstrip(".") + "S"
+
+
+def duration_text(iso):
+    """What people write for an ISO 8601 duration; what cannot be read comes back as it is.
+
+    >>> duration_text("PT1M35S"), duration_text("PT0.25S"), duration_text("P1DT2H")
+    ('1m 35s', '0.25s', '1d 2h')
+    """
+    match = isinstance(iso, str) and re.fullmatch(_ISO_DURATION, iso)
+    if not match or match.group(2) or match.group(3) or len(iso) > 40:
+        return "" if iso is None else shown(iso)
+    weeks, _, _, days, hours, minutes, seconds = (
+        float(part.replace(",", ".")) for part in match.groups("0"))
+    return seconds_text(seconds + 60 * minutes + 3600 * hours + 86400 * (days + 7 * weeks))
+
+
+def seconds_text(total):
+    """1m 35s, 4.2s, 3h 5m: two units at most."""
+    if total < 59.95:
+        return f"{total:.3g}s"
+    total = round(total)
+    parts = [(total // 86400, "d"), (total // 3600 % 24, "h"), (total // 60 % 60, "m"),
+             (total % 60, "s")]
+    while not parts[0][0]:
+        parts.pop(0)
+    return " ".join(f"{count}{unit}" for count, unit in parts[:2] if count)
+
+
+def size_text(size):
+    """184 KB, 1.8 MB.
+
+    >>> size_text(999), size_text(1840000)
+    ('999 B', '1.8 MB')
+    """
+    if not is_number(size):
+        return "size unknown"
+    for unit in ("B", "KB", "MB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def plain(value):
+    """A value of the module's caller as JSON: datetimes with offset, tuples as lists."""
+    if isinstance(value, datetime.datetime):
+        return (value if value.tzinfo else value.astimezone()).isoformat()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def run_ref(body):
+    """The client_run_ref of a create: SHA-256 of its content, the same in all releases.
+
+    Keys sorted, every time of the table in UTC, without the ref itself.
+
+    >>> run_ref({"started_at": "2026-05-19T10:00:00+02:00"})[:16]
+    'd5088dd6c3b9ff9c'
+    """
+    def normal(fields, value):
+        if isinstance(value, list):
+            return [normal(fields, item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        known = {field.name: field for field in fields}
+        return {key: instant(item) if item and key in known and known[key].kind == "time"
+                else normal(known[key].fields if key in known else (), item)
+                for key, item in value.items()}
+    content = {key: item for key, item in body.items() if key != "client_run_ref"}
+    text = json.dumps(normal(CREATE, content), sort_keys=True, separators=(",", ":"))
+    return digest([text.encode("ascii")])
+
+
+def digest(blocks):
+    import hashlib
+    found = hashlib.sha256()
+    for block in blocks:
+        found.update(block)
+    return found.hexdigest()
+
+
+def parse_word(text):
+    """The value of `--set key=value`: what JSON writes just so (12, true, null, "1"), else text.
+
+    >>> [parse_word(word) for word in ("12", "1.10", "true", "null", "A", "007", '"1.1"')]
+    [12, '1.10', True, None, 'A', '007', '1.1']
+    """
+    try:
+        value = load_json(text)
+    except ValueError:
+        return text
+    same = isinstance(value, str) or not isinstance(value, (dict, list)) and (
+        dump_json(value) == text)
+    return value if same else text
+
+
+def dig(value, path):
+    """What stands at a dotted path of nested dicts, or None."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def dicts(value):
+    """The dicts of a list; an odd value has none."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def closest(word, known):
+    """The known word that was meant, or None. difflib misses some that are common."""
+    import difflib
+    usual = {"list": "ls", "delete": "rm", "remove": "rm", "show": "get", "add": "create",
+             "upload": "create-attachment", "attach": "create-attachment", "status": "check",
+             "--serial": "--serial-number", "--part": "--part-number", "--batch": "--batch-number",
+             "--since": "--started-after", "--after": "--started-after",
+             "--before": "--started-before", "--until": "--started-before",
+             "--procedure": "--procedure-id", "--station": "--created-by-station-id",
+             "--user": "--created-by-user-id", "--operator": "--operated-by", "--id": "--id",
+             "--key": "--api-key-file", "--api-key": "--api-key-file", "--sort": "--sort-by",
+             "--output": "--out", "--file": "--attach", "--start": "--started-at",
+             "--end": "--ended-at", "--host": "--url", "--server": "--url"}.get(word, "")
+    for guess in (usual, usual + "s", usual + "-ids"):
+        if guess in known:
+            return guess
+    return next(iter(difflib.get_close_matches(word, known, 1, 0.6)), None)
+
+
+# ---- fields --------------------------------------------------------------------------------------
+#
+# One row for each field of a request: it makes the flag, its help, the module's keyword argument,
+# the check and the place in the request. A row is ("name kind", help, example, choices or nested
+# rows). After the kind: * a list, ! required, ? null is allowed. Groups are titles of the help.
+
+Field = collections.namedtuple("Field", "name kind many need null group help example choices fields")
+Operation = collections.namedtuple("Operation", "method path fields")
+
+RUN_OUTCOMES = ("PASS", "FAIL", "ERROR", "TIMEOUT", "ABORTED")
+_CHECKED = ("PASS", "FAIL", "UNSET")
+
+
+def _table(*groups):
+    """Rows as Fields. Each group is (title, row, row, ...)."""
+    fields = []
+    for title, *rows in groups:
+        for spec, *rest in rows:
+            name, kind = spec.split()
+            word = kind.rstrip("*!?")
+            help, example, more = rest + ["", "", ()][len(rest):]
+            nested = bool(more) and isinstance(more[0], Field)
+            fields.append(Field(name, word, "*" in kind, "!" in kind, "?" in kind, title, help,
+                                example, () if nested else more, more if nested else ()))
+    return tuple(fields)
+
+
+ID = _table(("which run", ("id id!", "the run's ID", "run_abc123")))
+NAME = _table(("file", ("name name!", "file name with its extension, up to 255 characters",
+                        "report.pdf")))
+
+LIST = _table(
+    ("which runs",
+     ("search_query text", "part of a serial number, or the beginning of a run ID", "PCB01"),
+     ("ids id*", "run IDs, or @FILE or - with one a line", "run_abc run_def"),
+     ("outcomes enum*", "results", "FAIL ERROR", RUN_OUTCOMES),
+     ("procedure_ids id*", "procedure IDs", "proc_abc"),
+     ("procedure_versions text*", "version tags of procedures", "1.2.3"),
+     ("deployment_ids id*", "deployments that the runs came from", "dep_abc"),
+     ("environments enum*", "environments of those deployments", "production",
+      ("production", "preview", "development")),
+     ("execution_ids text*", "executions of several slots", "exec-7f3a"),
+     ("slot_keys text*", "keys of fixture slots", "slot-1"),
+     ("slot_names text*", "names of fixture slots", "'Left nest'")),
+    ("unit",
+     ("serial_numbers serial*", "serial numbers, or @FILE or - with one a line", "SN-0001 SN-0002"),
+     ("samples enum*", "kinds of unit", "golden", ("production", "golden", "failing", "ignored")),
+     ("part_numbers text*", "part numbers", "PCB01"),
+     ("revision_numbers text*", "revisions", "B"),
+     ("batch_numbers text*", "batches", "2026-W20")),
+    ("when",
+     ("duration_min duration", "at least this long: 90s, 1h30m or PT1M30S", "90s"),
+     ("duration_max duration", "at most this long", "5m"),
+     ("started_after when", "started at or after: ISO 8601, 24h ago, now", "24h"),
+     ("started_before when", "started at or before", "2026-05-19"),
+     ("ended_after when", "ended at or after", "2026-05-19T08:00:00+02:00"),
+     ("ended_before when", "ended at or before", "2026-05-19T16:00"),
+     ("created_after when", "stored on the server at or after", "7d"),
+     ("created_before when", "stored on the server at or before", "now")),
+    ("who",
+     ("created_by_user_ids id*", "users who uploaded", "user_abc"),
+     ("created_by_station_ids id*", "stations that uploaded", "station_abc"),
+     ("operated_by_ids id*", "operators with an account", "user_abc"),
+     ("operated_by_names text*", "names of operators", "'Night shift'")),
+    ("metadata",
+     ("metadata object", "JSON: key, then in or contains (text), gte lte gt lt eq (number), "
+      "eq (true, false)", "'{\"shift\":{\"in\":[\"A\"]}}'"),
+     ("include_metadata boolean", "metadata in each row", "--include-metadata"),
+     ("include_sequences boolean", "sequences in each row", "--include-sequences")),
+    ("page and order",
+     ("limit limit", "rows wanted (50 if not given)", "200"),
+     ("cursor integer", "number of rows to leave out first", "100"),
+     ("sort_by enum", "order by (started_at if not given)", "duration",
+      ("started_at", "created_at", "duration", "outcome", "serial_number", "part_number",
+       "revision_number")),
+     ("sort_order enum", "direction (desc if not given)", "asc", ("asc", "desc"))))
+
+_VALIDATOR = _table(("", ("outcome enum?", "", "", _CHECKED), ("operator text?",),
+                     ("expected_value any?",), ("expression text?",), ("is_decisive boolean?",)))
+_AGGREGATION = _table(("", ("type text!",), ("outcome enum?", "", "", _CHECKED),
+                       ("value scalar?",), ("unit text?",), ("validators record*?", "", "",
+                                                             _VALIDATOR)))
+_JUDGED = (("validators record*?", "", "", _VALIDATOR),
+           ("aggregations record*?", "", "", _AGGREGATION))
+_AXIS = _table(("", ("data number*!",), ("units text?",), ("name text?",), ("description text?",),
+                *_JUDGED))
+_MEASUREMENT = _table(("", ("name text!",), ("outcome enum!", "", "", _CHECKED),
+                       ("measured_value any?",), ("units units?",), ("x_axis record?", "", "", _AXIS),
+                       ("y_axis record*?", "", "", _AXIS), ("lower_limit number",),
+                       ("upper_limit number",), *_JUDGED, ("docstring text?",)))
+_PHASE = _table(("", ("name text!",), ("outcome enum!", "", "", ("PASS", "FAIL", "SKIP", "ERROR")),
+                 ("started_at time!",), ("ended_at time!",), ("docstring text?",),
+                 ("measurements record*?", "", "", _MEASUREMENT), ("retry_count count",),
+                 ("sequence_path text?",)))
+_SEQUENCE = _table(("", ("path text!",), ("name text!",),
+                    ("outcome enum!", "", "", RUN_OUTCOMES + ("SKIP",)), ("source text?",),
+                    ("started_at time?",), ("ended_at time?",)))
+_LOG = _table(("", ("level enum!", "", "", ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
+               ("timestamp time!",), ("message text!",), ("source_file text!",),
+               ("line_number integer!",)))
+_VARIABLE = (("key text!",), ("variable_id text?",), ("version integer?",),
+             ("source enum", "", "", ("default", "shell", "dotenv", "process", "station",
+                                      "procedure", "organization")))
+_CONFIG = _table(("", ("value scalar!",), *_VARIABLE))
+_SECRET = _table(("", *_VARIABLE))
+
+CREATE = _table(
+    ("which run",
+     ("outcome enum!", "result", "PASS", RUN_OUTCOMES),
+     ("procedure_id id!", "the procedure", "proc_abc"),
+     ("procedure_version identifier?", "its version tag, made when missing", "1.2.3"),
+     ("deployment_id id?", "the deployment it ran from", "dep_abc"),
+     ("execution_id text?", "joins the runs of several slots", "exec-7f3a"),
+     ("slot_key text?", "fixture slot, needs --execution-id", "slot-1"),
+     ("slot_name text?", "its name, needs --slot-key", "'Left nest'"),
+     ("client_run_ref text", "your own reference instead of the one made from the content; the "
+      "same reference is the same run", "station7-000042")),
+    ("unit",
+     ("serial_number identifier!", "the unit under test, made when missing", "SN-0001"),
+     ("part_number identifier", "its part, where the serial number does not tell", "PCB01"),
+     ("revision_number identifier", "its revision", "B"),
+     ("batch_number identifier", "its batch", "2026-W20"),
+     ("sub_units identifier*", "serial numbers of the units inside", "PSU-1 FAN-2")),
+    ("when",
+     ("started_at time!", "begin: ISO 8601; without offset it is local", "2026-05-19T08:00:00Z"),
+     ("ended_at time!", "end, not before the begin", "2026-05-19T08:00:42Z")),
+    ("who",
+     ("operated_by text", "operator: an e-mail address or a name", "ada@example.com")),
+    ("content",
+     ("docstring text", "a note", "'second try'"),
+     ("phases record*", "JSON list of phases with measurements", "@phases.json", _PHASE),
+     ("sequences record*?", "JSON list of sequence calls", "@sequences.json", _SEQUENCE),
+     ("logs record*", "JSON list of log lines", "@logs.json", _LOG),
+     ("config record*", "JSON list of configuration values used", "@config.json", _CONFIG),
+     ("secrets record*", "JSON list of secrets used, never their values", "@secrets.json",
+      _SECRET)),
+    ("metadata",
+     ("metadata metadata", "JSON object, up to 50 keys", "'{\"shift\":\"A\",\"temp\":23.4}'"),
+     ("unit_metadata metadata", "the same, for the unit", "@unit.json")))
+
+OPERATIONS = {
+    "list": Operation("GET", "/v2/runs", LIST),
+    "get": Operation("GET", "/v2/runs/{id}", ID),
+    "create": Operation("POST", "/v2/runs", CREATE),
+    "update": Operation("PATCH", "/v2/runs/{id}", ID + _table(
+        ("files", ("attachments id*", "IDs of uploads to link", "att_1 att_2")))),
+    "update_metadata": Operation("PATCH", "/v2/runs/{id}/metadata", ID + _table(
+        ("metadata", ("metadata metadata", "JSON object; null deletes a key",
+                      "'{\"shift\":\"A\",\"lot\":null}'")))),
+    "create_attachment": Operation("POST", "/v2/runs/{id}/attachments", ID + NAME),
+    "delete": Operation("DELETE", "/v2/runs", _table(
+        ("which runs", ("ids id*!", "run IDs, or @FILE or - with one a line", "run_a run_b")))),
+    "initialize": Operation("POST", "/v2/attachments", NAME),
+    "finalize": Operation("POST", "/v2/attachments/{id}/finalize", _table(
+        ("which upload", ("id id!", "the upload's ID", "att_1")))),
+    "whoami": Operation("GET", "/v2/whoami", ()),
+}
+
+def flag(name):
+    """--serial-number for serial_number, -v for v."""
+    return ("--" if len(name) > 1 else "-") + name.replace("_", "-")
+
+
+def must(holds, why):
+    if not holds:
+        raise ValueError(why)
+
+
+def check_value(field, value):
+    """One value as the API takes it; ValueError says what is wrong with it."""
+    kind = field.kind
+    if kind in ("text", "serial", "id", "identifier", "name", "enum", "time", "when", "duration"):
+        must(isinstance(value, str), "must be text")
+    if kind == "id":
+        must(value.strip() not in ("", ".", ".."), f"{value!r} is no ID" if value else "is empty")
+    elif kind == "identifier":
+        value = value.strip()
+        must(1 <= len(value) <= 60, "must have 1 to 60 characters")
+        wrong = " ".join(sorted(map(repr, set(re.sub(_IDENTIFIER, "", value)))))
+        must(not wrong, f"the server takes letters, digits and _ . : + - only, not {wrong}")
+    elif kind == "path":
+        value = local_path(value)
+    elif kind == "name":
+        must(1 <= len(value) <= 255, "must have 1 to 255 characters")
+    elif kind == "enum":
+        words = {word.lower(): word for word in field.choices}
+        meant = value.strip().lower() not in words and closest(value.lower(), list(words))
+        must(meant is False, f"{value[:60]!r} is not one of {' '.join(field.choices)}"
+             + (f"; did you mean {words[meant]}?" if meant else ""))
+        value = words[value.strip().lower()]
+    elif kind == "when":
+        value = parse_time(value, datetime.datetime.now().astimezone())
+    elif kind == "time":
+        value = parse_time(value)
+    elif kind == "duration":
+        value = parse_duration(value)
+    elif kind in ("integer", "count", "limit", "page"):
+        if isinstance(value, str) and re.fullmatch("-?[0-9]{1,15}", value.strip()):
+            value = int(value)
+        must(isinstance(value, int) and not isinstance(value, bool), "must be a whole number")
+        least, most = {"count": (0, math.inf), "limit": (1, math.inf), "page": (1, 100)}.get(
+            kind, (-math.inf, math.inf))
+        must(least <= value <= most, f"must be {least} " + ("or more" if most == math.inf
+                                                             else f"to {most}"))
+    elif kind == "seconds":
+        must(re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value), "must be a number above 0")
+        value = float(value)
+    elif kind == "boolean":
+        must(str(value).lower() in ("true", "false"), "must be true or false")
+        value = str(value).lower() == "true"
+    elif kind == "number" or kind == "scalar" and not isinstance(value, (str, bool)):
+        must(is_number(value) and math.isfinite(value), "must be a number")
+    elif kind == "units" and not isinstance(value, str):
+        must(isinstance(value, list) and all(isinstance(unit, str) for unit in value),
+             "must be text")
+    elif kind in ("object", "metadata"):
+        must(isinstance(value, dict), "must be a JSON object")
+        if kind == "metadata":
+            check_metadata(value)
+    try:
+        if isinstance(value, str) and kind != "path":
+            value.encode("utf-8")
+        elif kind in ("any", "object", "metadata"):
+            dump_json(value)
+    except (TypeError, ValueError, RecursionError):
+        must(False, "cannot be sent (NaN, Infinity, half a character or an object of Python)")
+    return value
+
+
+def local_path(text):
+    """A path of the command line as the system's functions want it: see main about Python 3.6."""
+    return text if sys.version_info >= (3, 7) else os.fsdecode(
+        text.encode("utf-8", "surrogateescape"))
+
+
+def check_metadata(value):
+    must(len(value) <= 50, f"has {len(value)} keys, the server takes 50")
+    for key, item in value.items():
+        name = repr(key)[:60]
+        must(isinstance(key, str) and len(key) <= 40 and re.fullmatch(_IDENTIFIER, key),
+             f"key {name}: 1 to 40 letters, digits and _ . : + - only")
+        must(item is None or isinstance(item, (str, bool)) or is_number(item),
+             f"{name}: must be text, a number, true or false")
+        must(not isinstance(item, str) or len(item) <= 50000,
+             f"{name}: is longer than 50,000 characters")
+
+
+def check_record(fields, value, path, problems):
+    """A JSON object as the API takes it; what is wrong with it is added to problems."""
+    if not isinstance(value, dict):
+        problems.append(f"{path}: must be a JSON object")
+        return value
+    prefix, known, wire = path and path + ".", {field.name: field for field in fields}, {}
+    for key, item in value.items():
+        field = known.get(key) or _UNKNOWN      # a newer server may know it: it is sent on
+        name = f"{prefix}{key}"
+        if item is None and field.null:
+            wire[key] = None
+        elif item is None:
+            problems.append(f"{name}: null is not allowed, leave it out")
+        elif field.many and not isinstance(item, list):
+            problems.append(f"{name}: must be a list")
+        elif field.many:
+            wire[key] = [check_field(field, part, f"{name}[{number}]", problems)
+                         for number, part in enumerate(item)]
+        else:
+            wire[key] = check_field(field, item, name, problems)
+    problems += [f"{prefix}{name}: missing" for name, field in known.items()
+                 if field.need and (name not in value or field.kind == "id" and not value[name])]
+    start, end = epoch(wire.get("started_at")), epoch(wire.get("ended_at"))
+    if start is not None and end is not None and end < start:
+        problems.append(f"{prefix}ended_at: is before started_at")
+    return wire
+
+
+_UNKNOWN, = _table(("", ("unknown any?",)))
+
+
+def check_field(field, value, path, problems):
+    if field.fields:
+        return check_record(field.fields, value, path, problems)
+    try:
+        return check_value(field, value)
+    except (ValueError, OverflowError, OSError) as error:
+        problems.append(f"{path}: {error}")
+        return value
+
+
+def check_create(body, problems):
+    """The rules of a create that reach over several fields."""
+    for name, needed in (("slot_key", "execution_id"), ("slot_name", "slot_key")):
+        if body.get(name) and not body.get(needed):
+            problems.append(f"{name}: needs {needed}")
+    if "operated_by" in body and not body["operated_by"].strip():
+        problems.append("operated_by: is empty")
+    if None in list(body.get("metadata", {}).values()):
+        problems.append("metadata: null deletes a key, and a new run has none")
+    paths = [row["path"] for row in body.get("sequences") or ()]
+    for number, path in enumerate(paths):
+        parent = path.rpartition("/")[0]
+        if path in paths[:number]:
+            problems.append(f"sequences[{number}].path: {path} stands twice")
+        if parent and parent not in paths:
+            problems.append(f"sequences[{number}].path: its parent {parent} is missing")
+    problems += [f"phases[{number}].sequence_path: is no path of sequences"
+                 for number, row in enumerate(body.get("phases", ()))
+                 if row.get("sequence_path") is not None and row["sequence_path"] not in paths]
+    problems += [f"secrets[{number}].value: never send the value of a secret"
+                 for number, row in enumerate(body.get("secrets", ())) if "value" in row]
+
+
+def check(operation, values, flags=False):
+    """The values of an operation as they go over the wire; BadInput with all problems at once.
+
+    A problem is "path: why", such as phases[1].measurements[0].outcome; with `flags` a field of
+    the request itself is named by its flag.
+    """
+    known = {field.name: field for field in OPERATIONS[operation].fields}
+    values = {key: plain(value) for key, value in values.items()}
+    for key, value in values.items():
+        if key in known and known[key].many and isinstance(value, str):
+            values[key] = [value]
+    problems = [f"{key}: there is no such field" for key in values
+                if key not in known and operation != "create"]
+    wire = check_record(OPERATIONS[operation].fields, values, "", problems)
+    if operation == "create" and not problems:
+        check_create(wire, problems)
+    if len(wire.get("metadata") or ()) > 5 and operation == "list":
+        problems.append("metadata: at most 5 keys can be asked for")
+    if flags:
+        scalars = {name for name, field in known.items() if not field.fields}
+        problems = [re.sub(r"^(\w+)(\[\d+\])?(?=: )", lambda match: flag(match.group(1)) if (
+            match.group(1) in scalars or not match.group(2)) else match.group(), problem)
+            for problem in problems]
+    if len(problems) == 1:
+        raise BadInput(problems[0], "nothing was sent; correct the value")
+    if problems:
+        raise BadInput(f"{len(problems)} problems in the input, nothing was sent", issues=problems)
+    return wire
+
+
+# ---- identity ------------------------------------------------------------------------------------
+
+Login = collections.namedtuple("Login", "url key source slug")
+
+
+def home():
+    """The TofuPilot folder: TOFUPILOT_HOME, else ~/.tofupilot (on Windows below USERPROFILE)."""
+    user = os.environ.get("USERPROFILE") if os.name == "nt" else None
+    return (os.environ.get("TOFUPILOT_HOME")
+            or os.path.join(user or os.path.expanduser("~"), ".tofupilot"))
+
+
+def check_url(raw, allow_http, what):
+    """The parts of an https URL (http where allowed); ValueError for all else, before it is used."""
+    from urllib.parse import urlsplit
+    must(isinstance(raw, str) and re.fullmatch(r"[!-\[\]-~]+", raw),
+         f"{what} holds spaces or other characters that no URL has")
+    parts = urlsplit(raw)
+    must(parts.scheme in ("https", "http") and parts.hostname, f"{what} must begin with https://")
+    must("@" not in parts.netloc, f"{what} must not hold a user name or password")
+    must(parts.port != 0, f"{what} has no such port")      # and raises where it is no number
+    must(parts.scheme == "https" or allow_http or parts.hostname in ("localhost", "127.0.0.1", "::1"),
+         f"{what} is plain http: others can read the key on the way.\n"
+         "Use https, or --allow-http where the network is trusted")
+    return parts
+
+
+def parse_origin(text, allow_http=False, what="--url"):
+    """https://host[:port] of a server's address, with or without /api at its end.
+
+    >>> parse_origin("https://tofupilot.example.com/api/")
+    'https://tofupilot.example.com'
+    """
+    try:
+        parts = check_url(text, allow_http, what)
+        must(parts.path.rstrip("/") in ("", "/api") and not parts.query + parts.fragment,
+             f"{what} must be the address of the server alone, such as {CLOUD}")
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def read_credentials(warn):
+    """(path, fields) of the first credentials file that has a key, or (None, {})."""
+    for name in ("credentials.json", "station.json"):
+        path = os.path.join(home(), name)
+        try:
+            with open(path, "rb") as file:
+                state = os.fstat(file.fileno())
+                found = load_json(file.read(ERROR_LIMIT))
+            must(isinstance(found, dict) and isinstance(found.get("api_key", ""), str),
+                 "it is not a JSON object with a text api_key")
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            raise AccessDenied(f"cannot use {path}: {error}",
+                               "repair or remove the file, or log in again") from None
+        if os.name != "nt" and (state.st_mode & 0o077 or state.st_uid not in (0, os.getuid())):
+            warn(f"{path} can be read by others, or is theirs: chmod 600 it")
+        if found.get("api_key"):
+            return path, found
+    return None, {}
+
+
+def find_login(url=None, api_key=None, source="api_key", allow_http=False, warn=print):
+    """Which server, and the key for it: argument, environment, credentials file, in this order.
+
+    A key from a credentials file goes to that file's base_url or to a URL named by its owner.
+    """
+    if api_key is None and os.environ.get("TOFUPILOT_API_KEY"):
+        api_key, source = os.environ["TOFUPILOT_API_KEY"], "environment TOFUPILOT_API_KEY"
+    named = url or os.environ.get("TOFUPILOT_URL")
+    origin = parse_origin(named, allow_http, "--url" if url else "TOFUPILOT_URL") if named else None
+    path, found = (None, {}) if api_key is not None and origin else read_credentials(warn)
+    theirs = None
+    if path and not origin or found.get("base_url"):
+        theirs = parse_origin(str(found.get("base_url")).rstrip("/"), allow_http,
+                              f"base_url in {path}")
+    if api_key is None and path:
+        api_key, source = found["api_key"], path
+    if api_key is not None:
+        api_key = str(api_key).strip()
+        if not re.fullmatch("[!-~]{8,512}", api_key):
+            raise AccessDenied(f"what {source} holds is no API key ({len(api_key)} characters)",
+                               "copy the key again: 8 to 512 letters, digits, signs; no spaces")
+    slug = found.get("organization_slug") if theirs == (origin or theirs) else None
+    return Login(origin or theirs or CLOUD, api_key, source, slug)
+
+
+# ---- transport -----------------------------------------------------------------------------------
+
+Request = collections.namedtuple("Request", "method path query body")
+Answer = collections.namedtuple("Answer", "status headers data")
+
+
+class Transport:
+    """Exchanges with the API and the storage; raises Unavailable where there is no answer.
+
+    It is a handler of urllib.request, whose own closes the connection after each request: here one
+    connection is kept per host and proxy. No redirect is followed: there is no handler for them.
+    """
+    handler_order = 500
+
+    def __init__(self, timeout=30, ca_cert=None, trace=None):
+        self.timeout, self.ca_cert, self.trace = timeout, ca_cert, trace
+        self.opener = self.context = self.watchdog = None
+        self.kept = {}                  # connections, by scheme, host and tunnel
+        self.server_clock = None        # (server's time, ours) of the last answer that told it
+
+    def add_parent(self, parent):
+        """Part of urllib's protocol for handlers, as is the order of handlers."""
+
+    def __lt__(self, other):
+        return self.handler_order < other.handler_order
+
+    def close(self):
+        while self.kept:
+            self.kept.popitem()[1].close()
+        if self.watchdog:
+            self.watchdog.close()
+            self.watchdog = None
+
+    def make_context(self):
+        import ssl
+        os.environ.pop("SSLKEYLOGFILE", None)     # it would write the keys of the session down
+        context = ssl.create_default_context()
+        if hasattr(ssl, "TLSVersion"):
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+        else:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        if self.ca_cert:
+            try:
+                context.load_verify_locations(self.ca_cert)
+            except OSError as error:
+                raise BadInput(f"--ca-cert {self.ca_cert}: {error.strerror or error}",
+                               "name a file of certificates in PEM form") from None
+            # 3.13 wants a form that older private CAs do not have; elsewhere it is not set
+            context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
+        return context
+
+    def connect(self, request, proxy_login):
+        import http.client
+        timeout = min(CONNECT, request.timeout)
+        if request.type == "https":
+            self.context = self.context or self.make_context()
+            connection = http.client.HTTPSConnection(request.host, timeout=timeout,
+                                                     context=self.context)
+        else:
+            connection = http.client.HTTPConnection(request.host, timeout=timeout)
+        try:
+            if request._tunnel_host:
+                connection.set_tunnel(request._tunnel_host, headers={
+                    "Proxy-Authorization": proxy_login} if proxy_login else {})
+            connection.connect()
+            connection.sock.settimeout(request.timeout)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def http_open(self, request):
+        """The response, for urllib.request; `request.stage` tells how far it came."""
+        headers = dict(request.header_items())
+        proxy_login = headers.pop("Proxy-authorization", None) if request._tunnel_host else None
+        where = (request.type, request.host, request._tunnel_host)
+        connection = self.kept.pop(where, None)
+        request.stage = "kept" if connection else "connecting"
+        connection = connection or self.connect(request, proxy_login)
+        self.watchdog.watch(connection.sock)
+        if request.stage == "connecting":
+            request.stage = "sent"
+        try:
+            try:
+                connection.request(request.get_method(), request.selector, request.content, headers)
+            except (BrokenPipeError, ConnectionResetError):
+                if request.stage == "kept" or not request.content:
+                    raise       # else a storage may have refused before it read it all: listen
+            response = connection.getresponse()
+        except BaseException:
+            connection.close()
+            raise
+        request.stage = "answered"
+        response.keep = lambda: self.kept.__setitem__(where, connection)
+        response.drop = connection.close
+        return response
+
+    https_open = http_open
+
+    def exchange(self, method, url, headers, content=None, budget=None, resend=True, sink=None):
+        """The answer to one request. `content` is None, bytes, or a function that makes an
+        iterator of it; `sink` takes the blocks of a 200's body. `budget`: seconds for all of it."""
+        import urllib.request
+        if self.opener is None:
+            self.opener = urllib.request.OpenerDirector()
+            self.opener.add_handler(urllib.request.ProxyHandler())
+            self.opener.add_handler(self)
+        self.watchdog = self.watchdog or Watchdog()
+        for first in (True, False):
+            request = urllib.request.Request(url, headers=headers, method=method)
+            request.content = content() if callable(content) else content
+            request.stage, request.budget = "connecting", budget or 1.5 * self.timeout
+            self.watchdog.start(request.budget)
+            started, result = time.monotonic(), None
+            try:
+                answer = self.receive(request, sink)
+                result = answer.status
+                return answer
+            except Error as error:
+                result = type(error).__name__
+                raise
+            except Exception as error:      # http.client, ssl and socket have no common ancestor
+                result = type(error).__name__
+                request.late = self.watchdog.late
+                stale = request.stage == "kept" and not request.late
+                if not (stale and resend and first):     # else the server had closed it meanwhile
+                    raise lost(request, error, stale) from None
+            finally:
+                self.watchdog.stop()
+                getattr(request.content, "close", lambda: None)()
+                if self.trace:
+                    shows = url if url.split("?")[0].endswith("/v2/runs") else url.split("?")[0]
+                    self.trace(f"{method} {shown(shows)} {result} "
+                               f"{(time.monotonic() - started) * 1000:.0f} ms")
+
+    def receive(self, request, sink):
+        response = self.opener.open(request, timeout=self.timeout)
+        try:
+            if response.getheader("Content-Encoding", "identity").lower() != "identity":
+                raise not_the_api(request.full_url, response.status, "an encoding not asked for")
+            limit = ANSWER_LIMIT if response.status < 300 else ERROR_LIMIT
+            pieces, size, sink = [], 0, sink if response.status == 200 else None
+            while True:     # in blocks: before 3.12 read(n) takes n bytes of memory at once
+                block = response.read(BLOCK)
+                if not block:
+                    break
+                size += len(block)
+                if sink:
+                    sink(block)
+                elif size > limit:
+                    raise not_the_api(request.full_url, response.status,
+                                      f"more than {limit >> 10} KiB")
+                else:
+                    pieces.append(block)
+            if response.length or self.watchdog.late:       # a cut body raises nothing
+                raise EOFError
+            (response.drop if response.will_close else response.keep)()
+        except BaseException:
+            response.drop()
+            raise
+        finally:
+            response.close()
+        clock = http_date(response.getheader("Date"))
+        self.server_clock = (clock, time.time()) if clock else self.server_clock
+        return Answer(response.status, response.headers, b"".join(pieces))
+
+
+class Watchdog:
+    """Ends an exchange that takes too long: no time-out of a socket sees a slow drip.
+
+    One thread, that sleeps until the first deadline it knows of; nothing wakes it for each request.
+    """
+
+    def __init__(self):
+        import threading
+        self.until = self.wakes_at = math.inf
+        self.sock, self.late, self.ended = None, False, False
+        self.event = threading.Event()
+        thread = threading.Thread(target=self.run)
+        thread.daemon = True
+        thread.start()
+
+    def start(self, seconds):
+        self.sock, self.late, self.until = None, False, time.monotonic() + seconds
+        if self.until < self.wakes_at:
+            self.event.set()
+
+    def stop(self):
+        self.until = math.inf
+
+    def close(self):
+        self.ended = True
+        self.event.set()
+
+    def run(self):
+        while not self.ended:
+            left = self.until - time.monotonic()
+            if left <= 0:
+                self.end()
+            self.wakes_at = self.until
+            self.event.wait(left if 0 < left < math.inf else None)
+            self.event.clear()
+
+    def end(self):
+        import socket
+        self.late, self.until = True, math.inf
+        with contextlib.suppress(TypeError, OSError):       # not connected yet, or gone already
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def watch(self, sock):
+        self.sock = sock
+        if self.late:
+            self.end()
+
+
+def http_date(text):
+    """Seconds since 1970 of a date in a header, or None."""
+    from email.utils import mktime_tz, parsedate_tz
+    parsed = parsedate_tz(text or "")
+    return mktime_tz(parsed) if parsed else None
+
+
+def lost(request, error, stale):
+    """The Unavailable for an exchange that got no answer: what, why, what to do."""
+    import socket
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+    parts, ssl, name = urlsplit(request.full_url), sys.modules.get("ssl"), type(error).__name__
+    hint, found = "", Unavailable("")
+    found.sent, found.stale = request.stage != "connecting", stale
+    if request.late:
+        why = f"no complete answer within {request.budget:.0f} s"
+    elif ssl and (isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error)):
+        why = f"its certificate cannot be verified\n{getattr(error, 'verify_message', '') or error}"
+        hint = ("--ca-cert FILE (or TOFUPILOT_CA_CERT) adds a private CA. This machine's clock\n"
+                f"says {time.strftime('%Y-%m-%d %H:%M')}: if that is wrong, set it first")
+        found.again = False
+    elif isinstance(error, socket.gaierror):
+        why = "name not found (DNS)"
+    elif isinstance(error, socket.timeout):
+        why = f"no answer within {request.timeout:g} s"
+    elif isinstance(error, EOFError) or name == "IncompleteRead":
+        why = "the answer was cut short"
+    else:
+        why = (getattr(error, "strerror", None) or str(error) or name)[:200]
+    if found.sent:
+        found.message = f"no answer from {parts.netloc}: {why}"
+        found.hint = "run the same command again later: it is safe"
+    else:
+        proxy = re.sub("//[^/@]*@", "//", getproxies().get(parts.scheme, "none"))
+        found.message = f"cannot reach {parts.netloc}: {why}\nproxy: {proxy}"
+        found.hint = hint or "nothing was sent; run the same command again later"
+    return found
+
+
+def not_the_api(url, status, what):
+    return NotTheAPI(f"{url.split('/')[2]} did not answer as the API does ({status}): {what}",
+                     "is --url right? A login page or a proxy may answer in its place", status)
+
+
+def retry_after(answer):
+    """Seconds that the server asks to wait, or None. At most an hour."""
+    text = (answer.headers.get("Retry-After") or "").strip()
+    if re.fullmatch("[0-9]{1,9}", text):
+        return min(int(text), LONGEST_WAIT)
+    until = http_date(text)
+    wait = until and until - (http_date(answer.headers.get("Date")) or time.time())
+    return wait and min(max(wait, 0), LONGEST_WAIT)
+
+
+def delay(tries, unit=1, asked=None):
+    """Seconds to wait after so many tries: random, so that many stations do not come at once."""
+    import random
+    if asked is not None:
+        return min(LONGEST_WAIT, asked + random.uniform(0, max(asked, 2 ** min(tries, 12))))
+    return random.uniform(0, min(LONGEST_WAIT, unit * 2 ** min(tries, 12)))
+
+
+def read_answer(answer, url, need=()):
+    """The JSON object of an answer, or the error that it tells. `need`: texts it must hold."""
+    status, found = answer.status, None
+    kind = (answer.headers.get("Content-Type") or "").split(";")[0].strip().lower()
+    if 300 <= status < 400:
+        target = str(answer.headers.get("Location")).split("?")[0][:200]
+        raise not_the_api(url, status, f"a redirect to {target}, not followed")
+    if kind == "application/json" or kind.endswith("+json"):
+        with contextlib.suppress(ValueError):
+            found = load_json(answer.data)
+    found = found if isinstance(found, dict) else {}
+    if status < 300:
+        if found and all(isinstance(found.get(key), str) and found[key] for key in need):
+            return found
+        said = answer.data[:60].decode("utf-8", "replace")
+        raise not_the_api(url, status, f"{kind or 'no type'}, {said!r}" if said else "empty")
+    said = found.get("message") or found.get("error_description") or found.get("error")
+    if not said and status < 500:
+        raise not_the_api(url, status, f"an error of type {kind or 'unknown'}")
+    kind, hint = {401: (AccessDenied, "check the key, and that --url is the right server"),
+                  403: (AccessDenied, "a station key reaches the procedures linked to its station"),
+                  404: (NotFound, "")}.get(status) or (
+        (Unavailable, "run the same command again later: it is safe")
+        if status in (408, 425, 429) or status >= 500
+        else (Refused, "correct the data; sending it again unchanged cannot work"))
+    code = found.get("code") if isinstance(found.get("code"), str) else None
+    error = kind(f"the server answered {status}: {shown(said or 'no reason', 500)}", hint, status,
+                 code, [issue_text(issue) for issue in dicts(found.get("issues"))])
+    if kind is Unavailable:
+        error.retry_after = retry_after(answer)
+    raise error
+
+
+def issue_text(issue):
+    """path: message, of a problem that the server found."""
+    path = issue.get("path") if isinstance(issue.get("path"), list) else []
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return (f"{where.lstrip('.')}: " if where else "") + str(issue.get("message"))
+
+
+# ---- client --------------------------------------------------------------------------------------
+
+def build_request(operation, wire):
+    """Request for checked values: each where its operation has it (path, query or JSON body)."""
+    from urllib.parse import quote
+    method, path, fields = OPERATIONS[operation]
+    rest = {key: value for key, value in wire.items() if "{id}" not in path or key != "id"}
+    path = path.replace("{id}", quote(wire.get("id", ""), safe=""))
+    if method in ("POST", "PATCH"):     # finalize has no body at all
+        return Request(method, path, (), rest if operation != "finalize" else None)
+    return Request(method, path, tuple(
+        (key, item if isinstance(item, str) else dump_json(item))
+        for key, value in rest.items()
+        for item in (value if isinstance(value, list) else [value])), None)
+
+
+class Client:
+    """The operations on runs, with the names and arguments of the official SDK.
+
+        client = Client()       # server, key and CA as on the command line
+        client.create(outcome="PASS", procedure_id="proc_abc", serial_number="SN-1",
+                      started_at=datetime, ended_at=datetime)  ->  {"id": "..."}
+
+    Times are datetimes (local if naive) or text, JSON is plain dicts and lists, answers are the
+    server's own dicts. Raises BadInput, AccessDenied, NotFound, Refused or Unavailable. `notify`
+    is called with a line of text for each wait, `trace` for each request; `plan(method, url,
+    body)`, if given, stands in for sending. Not for several threads at a time.
+    """
+
+    def __init__(self, url=None, api_key=None, ca_cert=None, timeout=30, retries=3,
+                 allow_http=False, source="api_key", notify=None, trace=None, plan=None):
+        self.notify, self.retries, self.plan = notify or (lambda text: None), retries, plan
+        self.named = {"url": url, "api_key": api_key, "source": source, "allow_http": allow_http}
+        self.transport = Transport(timeout, ca_cert or os.environ.get("TOFUPILOT_CA_CERT"), trace)
+        self.found = None
+
+    def close(self):
+        """Closes the kept connections."""
+        self.transport.close()
+
+    @property
+    def login(self):
+        self.found = self.found or find_login(warn=self.notify, **self.named)
+        return self.found
+
+    def list(self, **filters):
+        """One page: {"data": [run, ...], "meta": {"has_more", "next_cursor"}}."""
+        return self.call("list", filters)
+
+    def iterate(self, limit=None, page_size=100, **filters):
+        """Runs, page after page over one connection; all of them, or `limit`."""
+        for rows, _ in self.pages(limit, page_size, **filters):
+            yield from rows
+
+    def pages(self, limit=None, page_size=100, **filters):
+        """(rows, meta) of each page. A run that slipped to the next page is not given twice.
+
+        An error has `cursor`, where to go on.
+        """
+        filters, seen = check("list", filters), collections.deque(maxlen=1000)
+        cursor = filters.get("cursor")
+        while True:
+            filters["limit"] = min(page_size, limit or page_size)
+            try:
+                rows, meta = read_page(self.call("list", filters), cursor)
+            except Error as error:
+                error.cursor = cursor
+                raise
+            fresh = [row for row in rows if row.get("id") not in seen]
+            seen.extend(row.get("id") for row in fresh)
+            yield fresh, meta
+            cursor = filters["cursor"] = meta.get("next_cursor")
+            limit = limit and limit - len(fresh)
+            if not meta.get("has_more") or limit == 0:
+                return
+
+    def get(self, id):
+        """The whole run."""
+        return self.call("get", {"id": id}, need=("id",))
+
+    def create(self, **fields):
+        """Creates a run once: {"id"}. The same content again gives the same run."""
+        return self.send_create(with_ref(check("create", fields)))
+
+    def update(self, id, **attachments):
+        """Links uploads (attachments=[ID, ...]) to a run: {"id"}."""
+        return self.call("update", dict(attachments, id=id), need=("id",))
+
+    def update_metadata(self, id, metadata):
+        """Sets keys, deletes those that are null, keeps the others: {"id"}."""
+        return self.call("update_metadata", {"id": id, "metadata": metadata}, need=("id",))
+
+    def create_attachment(self, id, name):
+        """An empty attachment on the run, and where to PUT its bytes: {"id", "upload_url"}."""
+        return self.call("create_attachment", {"id": id, "name": name}, False,
+                         ("id", "upload_url"))
+
+    def initialize(self, name):
+        """An upload that no run has yet: {"id", "upload_url"}."""
+        return self.call("initialize", {"name": name}, need=("id", "upload_url"))
+
+    def finalize(self, id):
+        """Tells the server that the bytes are there: {"url"}."""
+        return self.call("finalize", {"id": id}, need=("url",))
+
+    def whoami(self):
+        """Whose key this is."""
+        return self.call("whoami", {})
+
+    def delete(self, ids):
+        """Deletes runs, 100 a request: {"id": [those that are gone]}. NotFound if none was there."""
+        ids, gone, missing = check("delete", {"ids": ids})["ids"], [], None
+        for start in range(0, len(ids), 100):
+            part = ids[start:start + 100]
+            try:
+                answer = self.call("delete", {"ids": part})
+                if not isinstance(answer.get("id"), list):
+                    raise not_the_api(self.login.url, 200, "no list of IDs")
+                gone += answer["id"]
+            except NotFound as error:
+                missing = error
+                gone += part if error.unsure else []    # the try without an answer deleted them
+        if missing and not gone:
+            raise missing
+        return {"id": gone}
+
+    def call(self, operation, values, again=True, need=()):
+        """The checked values sent and answered. `again`, `need`: see perform, read_answer."""
+        wire = check(operation, values)
+        request = build_request(operation, wire)
+        try:
+            return self.perform(lambda resend: self.send(request, resend, need), again)
+        except NotFound as error:
+            id = wire.get("id")
+            if id:
+                kind = "upload" if operation == "finalize" else "run"
+                error.message = f"no {kind} {shown(id, 80)} (404): {error.message.partition(': ')[2]}"
+                error.hint = "copy the whole ID; ls -q prints bare IDs"
+                if len(id) != 36:
+                    error.hint = f"this ID has {len(id)} characters, IDs have 36: {error.hint}"
+            raise
+
+    def send(self, request, resend=True, need=()):
+        """One exchange with the API: the JSON object of its answer."""
+        from urllib.parse import urlencode
+        url = f"{self.login.url}/api{request.path}"
+        url += "?" + urlencode(request.query) if request.query else ""
+        if self.plan:
+            return self.plan(request.method, url, request.body)
+        if not self.login.key:
+            raise AccessDenied(
+                "no API key. Looked at TOFUPILOT_API_KEY, --api-key-file,\n"
+                f"{os.path.join(home(), 'credentials.json')} and station.json.",
+                "export TOFUPILOT_API_KEY=<key>; cron does not see your shell's\n"
+                "variables: use --api-key-file there")
+        headers = {"Authorization": "Bearer " + self.login.key, "Accept": "application/json",
+                   "User-Agent": f"tofupilot_runs/{__version__} Python/{sys.version.split()[0]}"}
+        content = None if request.body is None else dump_json(request.body).encode("ascii")
+        if content:
+            headers["Content-Type"] = "application/json"
+        if request.method in ("POST", "PATCH"):
+            headers["Content-Length"] = str(len(content or b""))
+        answer = self.transport.exchange(request.method, url, headers, content, resend=resend)
+        try:
+            return read_answer(answer, url, need)
+        except Error as error:      # a server may say the key that it got
+            error.message = error.message.replace(self.login.key, "(the key)")
+            error.issues = [issue.replace(self.login.key, "(the key)") for issue in error.issues]
+            if error.status == 401:
+                error.message = (
+                    f"the server refused the API key ending ...{self.login.key[-4:]} (401): "
+                    f"{error.message.partition(': ')[2]}\n"
+                    f"key from: {self.login.source}   server: {self.login.url}")
+            raise
+
+    def perform(self, once, again=True, look=None):
+        """once(resend) until it succeeds, fails for good, or patience is over.
+
+        `again`: whether it may be sent once more after it may have arrived. `look` is called
+        before that: what it finds is the result, and nothing is sent again.
+        """
+        started, waited, tries, unsure = time.monotonic(), 0, 0, False
+        while True:
+            try:
+                return once(again and not look)
+            except NotFound as error:
+                error.unsure = unsure
+                raise
+            except Unavailable as error:
+                tries += 1
+                unsure = unsure or error.sent
+                free = error.stale and look and tries == 1      # a dead connection is no real try
+                wait = 0 if free else delay(tries, 1, error.retry_after)
+                if not (free or tries <= self.retries and error.again
+                        and (again or not error.sent) and waited + wait <= PATIENCE):
+                    first, _, rest = error.message.partition("\n")
+                    if tries > 1:
+                        first += f", {tries} tries in {time.monotonic() - started:.0f} s"
+                    error.message, error.sent = first + (rest and "\n" + rest), unsure
+                    raise
+                if wait:
+                    self.notify(f"{error.message.splitlines()[0]}; again in {wait:.1f} s")
+                time.sleep(wait)
+                waited += wait
+            found = look() if look and unsure else None
+            if found:
+                return found
+
+    def send_create(self, body, first_try=None, taken=()):
+        """Creates the run of a checked body that has its client_run_ref: {"id"}.
+
+        `first_try`: when (time.time()) an earlier attempt may have arrived, None for never; then
+        it looks before it sends. `taken`: IDs of runs that are known to be others.
+        """
+        request, since = build_request("create", body), first_try or time.time()
+
+        def look():
+            try:
+                return self.find_created(body, since, taken)
+            except Unavailable as error:
+                error.message = ("the run may be stored or not, and looking for it failed; it was "
+                                 "not sent again\n" + error.message)
+                error.sent = True
+                raise
+        found = look() if first_try else None
+        try:
+            return found or self.perform(lambda _: self.send(request, False, ("id",)), look=look)
+        except Unavailable as error:
+            if error.sent and error.status is None:
+                error.message += "\nthe run may be stored or not"
+                error.hint = "run the same command again: it cannot make a second run"
+            raise
+
+    def find_created(self, body, since, taken=()):
+        """{"id"} of the run that an unanswered create of this body has made, or None.
+
+        For servers that do not know client_run_ref. All that a row shows must agree, and the run
+        must have been stored after the first try (the server's clock, 10 minutes of slack).
+        """
+        second = math.floor(epoch(body["started_at"]))
+        around = [datetime.datetime.fromtimestamp(second + off, _UTC).isoformat() for off in (-1, 2)]
+        for rows, _ in self.pages(
+                serial_numbers=[body["serial_number"]], procedure_ids=[body["procedure_id"]],
+                started_after=around[0], started_before=around[1], include_metadata=True):
+            theirs, ours = self.transport.server_clock or (time.time(), time.time())
+            passed = ours - since
+            earliest = theirs - passed - 600 if passed >= 0 else 0      # our clock was set back
+            for row in rows:
+                if (row.get("id") not in taken and same_run(row, body)
+                        and (epoch(row.get("created_at")) or theirs) >= earliest):
+                    return {"id": row["id"]}
+        return None
+
+
+def read_page(answer, cursor):
+    """(rows, meta) of a page that is of the right form and leads on."""
+    rows, meta = answer.get("data"), answer.get("meta")
+    if not isinstance(rows, list) or len(dicts(rows)) < len(rows) or not isinstance(meta, dict):
+        raise Unavailable("the server's page of runs is not {data, meta}", "is --url right?")
+    following = meta.get("next_cursor")
+    if meta.get("has_more") and not (isinstance(following, int) and following > (cursor or 0)):
+        raise Unavailable("the server says that more runs exist, but its cursor does not advance: "
+                          f"{shown(following, 40)}", "tell the server's administrator")
+    return rows, meta
+
+
+def with_ref(body):
+    """The checked body of a create with its client_run_ref, made from the content if not given."""
+    return body if body.get("client_run_ref") else dict(body, client_run_ref=run_ref(body))
+
+
+def same_run(row, body):
+    """Whether a row of ls can be the run that a create of this body made."""
+    for field, path in (
+            ("serial_number", "unit.serial_number"), ("procedure_id", "procedure.id"),
+            ("procedure_version", "procedure.version.tag"), ("part_number", "unit.part.number"),
+            ("revision_number", "unit.part.revision.number"),
+            ("batch_number", "unit.batch.number"), ("outcome", "outcome"),
+            ("docstring", "docstring"), ("execution_id", "execution_id"), ("slot_key", "slot_key"),
+            ("slot_name", "slot_name")):
+        sent, shows = body.get(field) or "", dig(row, path) or ""
+        given_by_server = not sent and path.startswith("unit.")
+        if not given_by_server and str(sent).lower() != str(shows).lower():
+            return False
+    for field in ("started_at", "ended_at"):     # the server keeps milliseconds
+        if abs((epoch(row.get(field)) or 0) - epoch(body[field])) > 0.0011:
+            return False
+    operator = [str(dig(row, f"operated_by.{key}") or "").lower() for key in ("name", "email")]
+    sent = body.get("operated_by", "").lower()
+    return ((sent in operator if sent else not any(operator))
+            and (row.get("metadata") or {}) == body.get("metadata", {}))
+
+
+# ---- attaching -----------------------------------------------------------------------------------
+#
+# One way for create, create-attachment and the queue: POST /v2/attachments, PUT, finalize, and at
+# last one PATCH that links all. A file has name, size, blocks(), sha256(), and how far it has come:
+# upload_id and done; save() keeps that (the queue) or does nothing.
+
+class LocalFile:
+    """A regular file that is to be attached. BadInput if it cannot be read or is no such file."""
+
+    def __init__(self, path, name=None):
+        self.path, self.upload_id, self.done = path, None, False
+        self.name = name or os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
+        with self.open() as file:
+            self.state = os.fstat(file.fileno())
+        self.size = self.state.st_size
+
+    def open(self):
+        try:
+            number = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+                             | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise BadInput(f"cannot read {self.path}: {error.strerror}",
+                           "name a file that this user can read") from None
+        if not stat.S_ISREG(os.fstat(number).st_mode):      # a FIFO would block for ever
+            os.close(number)
+            raise BadInput(f"{self.path} is not a regular file", "name a file")
+        return open(number, "rb")
+
+    def blocks(self):
+        """The content; BadInput if the file changes meanwhile."""
+        with self.open() as file:
+            left = self.size
+            while left:
+                block = file.read(min(BLOCK, left))
+                if not block:
+                    break
+                left -= len(block)
+                yield block
+            now = os.fstat(file.fileno())
+            if left or (now.st_size, now.st_mtime_ns) != (self.size, self.state.st_mtime_ns):
+                raise BadInput(f"{self.path} changed while it was read",
+                               "run the command again when nothing writes to it")
+
+    def sha256(self):
+        return digest(self.blocks())
+
+    def save(self):
+        """Nothing: what has arrived is seen on the run."""
+
+
+def content_type(name):
+    import mimetypes
+    return mimetypes.guess_type(name)[0] or "application/octet-stream"
+
+
+def attach(client, run_id, files, progress=None):
+    """Uploads the files that the run does not have and links them: those that were missing.
+
+    It never drops what others linked. `progress` is called with (file, bytes sent).
+    """
+    def linked():
+        return [row for row in dicts(client.get(run_id).get("attachments"))
+                if isinstance(row.get("id"), str)]
+    rows = linked()
+    ids = [row["id"] for row in rows]
+    for file in files:
+        there = None if file.done else find_attached(client, rows, file)
+        if there:
+            rows.remove(there)
+            file.upload_id, file.done = there["id"], True
+            file.save()
+        elif not file.done:
+            upload(client, file, progress)
+    missing = [file for file in files if file.upload_id not in ids]
+    own = [file.upload_id for file in missing]
+    if own:
+        client.update(run_id, attachments=own)
+    if own and ids:     # whether PATCH appends or replaces is not documented
+        if not set(ids) <= {row["id"] for row in linked()}:
+            client.update(run_id, attachments=ids + own)
+    return missing
+
+
+def find_attached(client, rows, file):
+    """The row of the run's attachments that is this file: name, size, and bytes if they are there."""
+    import hashlib
+    for row in rows:
+        if row.get("name") == file.name and row.get("size") == file.size:
+            url, tries = row.get("download_url"), []
+
+            def begin():
+                tries.append(hashlib.sha256())
+                return tries[-1].update
+            if url:
+                fetch(client, url, file.size, begin)
+            if not url or tries[-1].hexdigest() == file.sha256():
+                return row
+    return None
+
+
+def upload(client, file, progress=None):
+    """Brings one file to the storage and finalizes it."""
+    if file.upload_id:      # an earlier process came this far: had the bytes arrived?
+        with contextlib.suppress(NotFound, Refused):
+            client.finalize(file.upload_id)
+            file.done = True
+    for last in (False, True):
+        if file.done:
+            break
+        made = client.initialize(file.name)
+        file.upload_id = made["id"]
+        file.save()
+        try:
+            put(client, made["upload_url"], file, progress)
+            client.finalize(file.upload_id)
+            file.done = True
+        except Unavailable as error:        # 4xx: the URL has expired; ask for another, once
+            if last or error.again or not 400 <= (error.status or 0) < 500:
+                raise
+    file.save()
+
+
+def put(client, url, file, progress):
+    """PUTs a file to its presigned URL; the key does not go there."""
+    until = time.monotonic() + UPLOAD_WINDOW
+
+    def counted():
+        sent = 0
+        for block in file.blocks():
+            yield block
+            sent += len(block)
+            if progress:
+                progress(file, sent)
+
+    def once(resend):
+        if time.monotonic() > until:
+            raise storage_error("its upload URL has expired", 403)
+        storage_says(url, client.transport.exchange(
+            "PUT", url, {"Content-Type": content_type(file.name), "Content-Length": str(file.size)},
+            counted if file.size else b"", 60 + file.size / 16384, resend))
+    if client.plan:
+        return client.plan("PUT", url, None)
+    check_storage_url(client, url)
+    return client.perform(once)
+
+
+def fetch(client, url, size, begin):
+    """Gets a stored file. `begin` gives, for each try, the function that takes its blocks."""
+    check_storage_url(client, url)
+    budget = 60 + (size if is_number(size) and 0 < size < 1 << 40 else 1 << 30) / 16384
+    client.perform(lambda resend: storage_says(url, client.transport.exchange(
+        "GET", url, {"Accept": "*/*"}, None, budget, resend, begin())))
+
+
+def storage_error(why, status=None):
+    error = Unavailable(f"the storage of the files: {why}",
+                        "run the same command again later: only what is missing goes up", status)
+    error.again = status in (408, 425, 429) or (status or 0) >= 500
+    return error
+
+
+def storage_says(url, answer):
+    if answer.status != 200:
+        target = str(answer.headers.get("Location", "")).split("?")[0][:200]
+        error = storage_error(f"{url.split('/')[2]} answered {answer.status}" + (
+            f", a redirect to {target}" if target else ""), answer.status)
+        error.retry_after = retry_after(answer)
+        raise error
+
+
+def check_storage_url(client, url):
+    try:
+        parts = check_url(url, True, "the server gave a URL for it that")
+        must(parts.scheme == "https" or client.login.url.startswith("http:"),
+             "the server gave a URL for it that is plain http")
+    except ValueError as error:
+        raise storage_error(str(error)) from None
+
+
+def safe_name(name):
+    r"""A file name that stays in its folder on every system.
+
+    >>> safe_name("../a:b.txt"), safe_name("CON"), safe_name("..")
+    ('.._a_b.txt', '_CON', 'attachment')
+    """
+    name = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in str(name))
+    name = name.strip(" ").rstrip(". ")
+    if len(name) > 120:
+        stem, ending = os.path.splitext(name)
+        name = stem[:100] + ending[:16]
+    reserved = re.match(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name)
+    return ("_" if reserved else "") + name if name else "attachment"
+
+
+def download(client, row, folder):
+    """Saves an attachment under a safe name, never over a file that exists. Returns the path."""
+    os.makedirs(folder, exist_ok=True)
+
+    def write(file):
+        def begin():
+            file.seek(0)
+            file.truncate()
+            return file.write
+        fetch(client, row["download_url"], row.get("size"), begin)
+    return save_new(os.path.join(folder, safe_name(row.get("name"))), write)
+
+
+def save_new(path, write):
+    """Makes a file with write(file); behind a name that is taken stands -2, -3. Returns the path."""
+    stem, ending = os.path.splitext(path)
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "xb") as file:
+            write(file)
+        for number in range(1, sys.maxsize):
+            path = f"{stem}-{number}{ending}" if number > 1 else path
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                break
+        replace(part, path)
+        return path
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def replace(source, target):
+    """os.replace; on Windows it waits for those who look at the target (virus scanners) to leave."""
+    for number in range(10):
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in (5, 32, 33) or number == 9:
+                raise
+            time.sleep(min(0.01 * 2 ** number, 0.64))
+
+
+# ---- queue ---------------------------------------------------------------------------------------
+#
+# One SQLite file holds the runs that wait for the network, their files, and how far each has come.
+# The states of an entry and all moves between them:
+#
+#     storing -> waiting   store: its files are in; before that it cannot be sent
+#     waiting -> sent      send: the run and all its files are on the server; a receipt for 30 days
+#     waiting -> parked    send: the server refused it for good
+#     parked  -> waiting   retry
+#     waiting -> moving    move, first commit: another file may have it, it is not sendable here
+#     moving  -> moved     move, last commit: the other file has it; a receipt for 30 days
+#     sent    -> waiting   store: the same create again, with more files
+#     moved   -> waiting   move: it came back from another file
+#
+# Exactly once: tried_at and origin are committed before the first byte goes out. Where they stand
+# without a run_id, the run may be on the server: the sender looks before it sends again.
+
+APPLICATION_ID, SCHEMA_VERSION = 0x54465251, 1      # "TFRQ" in the file's header
+RECEIPT_DAYS, SUB_UNIT_HOURS, BATCH = 30, 72, 50
+SCHEMA = """
+CREATE TABLE identity (id TEXT);
+CREATE TABLE entry (id INTEGER PRIMARY KEY AUTOINCREMENT, ref TEXT, state TEXT, body TEXT,
+    units TEXT, outcome TEXT, serial_number TEXT, procedure_id TEXT, stored_at REAL,
+    tries INTEGER DEFAULT 0, tried_at REAL, failed_at REAL, next_try_at REAL DEFAULT 0,
+    error TEXT, exit_code INTEGER, origin TEXT, run_id TEXT, target TEXT, hop TEXT, came TEXT,
+    ended_at REAL);
+CREATE INDEX entry_by_ref ON entry (ref);
+CREATE INDEX entry_by_state ON entry (state, id);
+CREATE TABLE file (id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER, name TEXT, size INTEGER,
+    sha256 TEXT, upload_id TEXT, done INTEGER DEFAULT 0);
+CREATE INDEX file_by_entry ON file (entry);
+CREATE TABLE chunk (file INTEGER, part INTEGER, data BLOB, PRIMARY KEY (file, part))"""
+
+
+class QueueUnusable(Unavailable):
+    """The queue file cannot be read or written. It was left as it is."""
+
+
+class Queue:
+    """The queue file at a path; makes it if it is missing, unless `must_exist` (NotFound)."""
+
+    def __init__(self, path, must_exist=False):
+        self.path, self.connection = os.path.abspath(path), None
+        if must_exist and not os.path.exists(self.path):
+            raise NotFound(f"there is no queue file {self.path}",
+                           "check the path and the user: the default one is each user's own")
+        try:
+            import sqlite3
+            self.sqlite3 = sqlite3
+            new = self.look_at_header()
+            # 3.6 takes the path as UTF-8, whatever the locale says
+            self.name = self.path if sys.version_info >= (3, 7) else os.fsencode(self.path).decode()
+            self.connection = sqlite3.connect(self.name, timeout=30, isolation_level=None)
+            self.connection.row_factory = sqlite3.Row
+            if new:     # before anything else: later it is ignored without a word
+                self.run("PRAGMA auto_vacuum = INCREMENTAL")
+            self.run("PRAGMA synchronous = FULL")
+            if sqlite3.sqlite_version_info >= (3, 12):      # before, EXTRA would mean NORMAL
+                self.run("PRAGMA synchronous = EXTRA")
+            self.run("PRAGMA secure_delete = OFF")
+            if not self.run("SELECT name FROM sqlite_master"):
+                with self.transaction():
+                    self.make_tables()
+            self.identity = self.run("SELECT id FROM identity")[0]["id"]
+        except ImportError:
+            raise self.unusable("this Python has no sqlite3") from None
+        except OSError as error:
+            raise self.unusable(error.strerror) from None
+        except BaseException as error:
+            self.close()
+            if isinstance(error, sqlite3.Error):
+                raise self.unusable(error) from None
+            raise
+
+    def look_at_header(self):
+        """Whether the file is new; raises where it is no queue of ours, before SQLite touches it."""
+        if os.path.dirname(self.path) == home():
+            with contextlib.suppress(FileExistsError):
+                os.makedirs(home(), 0o700)
+        number = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
+        with open(number, "rb") as file:
+            head = file.read(100)
+        if not head or head[:16] == bytes(16) and os.path.exists(self.path + "-journal"):
+            return True
+        if head[:16] == b"SQLite format 3\0" and not any(head[40:44] + head[60:64] + head[68:72]):
+            return True     # auto_vacuum was set, no table was ever made
+        if head[:16] != b"SQLite format 3\0" or head[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+            raise self.unusable("it is not a queue file")
+        if int.from_bytes(head[60:64], "big") > SCHEMA_VERSION:
+            raise self.unusable(f"a newer version of {PROG} made it")
+        return False
+
+    def make_tables(self):
+        if not self.run("SELECT name FROM sqlite_master"):      # another process was first
+            self.run(f"PRAGMA application_id = {APPLICATION_ID}")
+            self.run(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            for statement in SCHEMA.split(";"):
+                self.run(statement)
+            self.run("INSERT INTO identity VALUES (?)", os.urandom(16).hex())
+
+    def unusable(self, why):
+        return QueueUnusable(f"cannot use the queue {self.path}: {why}",
+                             "check the path, its rights and the room on the disk")
+
+    def close(self):
+        if self.connection:
+            self.connection.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def run(self, sql, *values):
+        """The rows of one statement."""
+        try:
+            return self.connection.execute(sql, values).fetchall()
+        except (self.sqlite3.Error, UnicodeError) as error:
+            raise self.unusable(error) from None
+
+    def insert(self, table, **values):
+        """The number of a new row."""
+        self.run(f"INSERT INTO {table} ({', '.join(values)}) VALUES ("
+                 f"{', '.join('?' * len(values))})", *values.values())
+        return self.run("SELECT last_insert_rowid()")[0][0]
+
+    def change(self, number, **values):
+        names = ", ".join(f"{name} = ?" for name in values)
+        self.run(f"UPDATE entry SET {names} WHERE id = ?", *values.values(), number)
+
+    @contextlib.contextmanager
+    def transaction(self):
+        self.run("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.run("COMMIT")
+        except BaseException:
+            with contextlib.suppress(QueueUnusable):
+                self.run("ROLLBACK")
+            raise
+
+    def entries(self, where="state != 'storing'", *values):
+        """Entries (dicts) without what is large, oldest first."""
+        return [dict(row) for row in self.run(
+            "SELECT id, ref, state, units, outcome, serial_number, procedure_id, stored_at, tries, "
+            "tried_at, failed_at, next_try_at, error, exit_code, origin, run_id, target, hop, came "
+            f"FROM entry WHERE {where} ORDER BY id", *values)]
+
+    def same(self, ref):
+        return self.entries("ref = ? AND state != 'storing'", ref)
+
+    def find(self, ref):
+        """The entry whose ref begins so; NotFound or BadInput where none or several do."""
+        found = self.same(ref) or self.entries("substr(ref, 1, ?) = ? AND state != 'storing'",
+                                               len(ref), ref)
+        if len(found) > 1:
+            raise BadInput(f"{len(found)} entries begin with {ref[:80]}", "give more of it")
+        if not found:
+            raise NotFound(f"no entry {ref[:80]} in {self.path}", "queue ls names them")
+        return found[0]
+
+    def body(self, number):
+        return self.run("SELECT body FROM entry WHERE id = ?", number)[0]["body"]
+
+    def files(self, number):
+        return [QueuedFile(self, row) for row in
+                self.run("SELECT * FROM file WHERE entry = ? ORDER BY id", number)]
+
+    def store(self, body, files, origin=None):
+        """Commits a create and its files: the entry that holds it. The same create is one entry.
+
+        A receipt from another server than `origin` (None: not known) does not answer.
+        """
+        units = {unit.lower() for unit in [body["serial_number"]] + body.get("sub_units", [])}
+        return self.put({
+            "ref": body["client_run_ref"], "body": dump_json(body),
+            "units": dump_json(sorted(units)), "outcome": body["outcome"],
+            "serial_number": body["serial_number"], "procedure_id": body["procedure_id"],
+            "stored_at": time.time()}, files, origin)
+
+    def put(self, values, files, origin=None):
+        """Enters an entry with its files, or adds to the one that is there what it lacks."""
+        def holds(entry):
+            return {(file.name, file.digest) for file in self.files(entry["id"])}
+
+        def over(old):      # it came back; another server's receipt
+            return (old["state"] == "moved" and values.get("came") not in (None, old["came"])
+                    or old["state"] == "sent" and origin not in (None, old["origin"]))
+        have = set().union(*[holds(old) for old in self.same(values["ref"]) if not over(old)])
+        files = [file for file in files if not have or (file.name, file.sha256()) not in have]
+        with self.transaction():
+            self.drop("state = 'storing' AND stored_at < ?", time.time() - 86400)
+            mine = self.insert("entry", **dict(values, state="storing"))
+            for file in files:
+                self.copy_in(mine, file)
+            for old in self.same(values["ref"]):
+                if over(old):
+                    self.drop("id = ?", old["id"])
+                    continue
+                if old["state"] == "moving" and values.get("came") not in (None, old["came"]):
+                    raise self.unusable("a move out of it is not finished: repeat that first, to "
+                                        + old["target"].partition(" ")[2])
+                new = [file for file in self.files(mine)
+                       if (file.name, file.digest) not in holds(old)]
+                if new and old["state"] in ("moving", "moved"):
+                    raise self.unusable(f"this run has gone to {old['target'].partition(' ')[2]}")
+                for file in new:
+                    self.run("UPDATE file SET entry = ? WHERE id = ?", old["id"], file.number)
+                self.drop("id = ?", mine)
+                if new and old["state"] == "sent":
+                    self.change(old["id"], state="waiting", next_try_at=0, body=values["body"])
+            self.run("UPDATE entry SET state = 'waiting' WHERE id = ?", mine)
+            found = self.same(values["ref"])[0]     # after the COMMIT nothing may fail
+        return found
+
+    def copy_in(self, entry, file):
+        """Copies a file in, in transactions of 16 MiB: others can write between them."""
+        import hashlib
+        found = hashlib.sha256()
+        number = self.insert("file", entry=entry, name=file.name, size=file.size,
+                             upload_id=file.upload_id, done=int(file.done))
+        for part, block in enumerate(file.blocks()):
+            found.update(block)
+            self.run("INSERT INTO chunk VALUES (?, ?, ?)", number, part, block)
+            if part % 256 == 255:
+                self.run("COMMIT")
+                self.run("BEGIN IMMEDIATE")
+        self.run("UPDATE file SET sha256 = ? WHERE id = ?", found.hexdigest(), number)
+
+    def drop(self, where, *values):
+        """Deletes entries with all that they hold."""
+        chosen = f"(SELECT id FROM entry WHERE {where})"
+        self.run(f"DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry IN {chosen})",
+                 *values)
+        self.run(f"DELETE FROM file WHERE entry IN {chosen}", *values)
+        self.run(f"DELETE FROM entry WHERE {where}", *values)
+
+    def end(self, number, state, **more):
+        """Makes an entry a receipt: what is large goes."""
+        self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)", number)
+        self.change(number, state=state, body=None, error=None, ended_at=time.time(), **more)
+
+    def tidy(self):
+        """Old receipts go, and the room that they took goes back to the disk in small steps."""
+        with self.transaction():
+            self.drop("state IN ('sent', 'moved') AND ended_at < ?",
+                      time.time() - RECEIPT_DAYS * 86400)
+        for _ in range(0, self.run("PRAGMA freelist_count")[0][0], 1000):
+            try:        # execute() would free one page: only executescript() goes on to the end
+                self.connection.executescript("PRAGMA incremental_vacuum(1000)")
+            except self.sqlite3.Error as error:
+                raise self.unusable(error) from None
+
+    @contextlib.contextmanager
+    def sender(self):
+        """Whether this process is the one sender of the file: a lock that ends with the process."""
+        lock = None
+        try:
+            try:
+                lock = self.sqlite3.connect(self.name + ".lock", timeout=0, isolation_level=None)
+                lock.execute("BEGIN EXCLUSIVE")
+            except self.sqlite3.Error as error:
+                if "locked" not in str(error):
+                    raise self.unusable(f"its .lock file: {error}") from None
+                yield False
+            else:
+                yield True
+        finally:
+            if lock:
+                lock.close()
+
+    def meta(self):
+        counts = dict(tuple(row) for row in
+                      self.run("SELECT state, count(*) FROM entry GROUP BY state"))
+        return dict({state: counts.get(state, 0) for state in ("waiting", "parked", "sent")},
+                    file=self.path, bytes=os.path.getsize(self.path))
+
+
+class QueuedFile:
+    """A file in the queue, used like a LocalFile; `save` commits how far it has come."""
+
+    def __init__(self, queue, row):
+        self.queue, self.number, self.name, self.size = queue, row["id"], row["name"], row["size"]
+        self.digest, self.upload_id, self.done = row["sha256"], row["upload_id"], bool(row["done"])
+
+    def blocks(self):
+        for part in range((self.size + BLOCK - 1) // BLOCK):    # by the whole key: nothing is sorted
+            yield self.queue.run("SELECT data FROM chunk WHERE file = ? AND part = ?",
+                                 self.number, part)[0]["data"]
+
+    def sha256(self):
+        return self.digest
+
+    def save(self):
+        self.queue.run("UPDATE file SET upload_id = ?, done = ? WHERE id = ?", self.upload_id,
+                       int(self.done), self.number)
+
+
+def is_due(entry, now):
+    """Whether its wait is over; a clock that was set back never makes it longer."""
+    return now >= entry["next_try_at"] or now < (entry["failed_at"] or 0) - 60
+
+
+def after_failure(error, tries, waited_for_unit):
+    """(state, seconds to wait, what it does to the pass) of an entry that failed.
+
+    The pass: "end", "count" (three in a row end it) or "go on". `waited_for_unit`: seconds since a
+    run with sub-units was stored, None for one without.
+    """
+    status = error.status
+    if isinstance(error, AccessDenied):
+        return ("waiting", 3600, "count") if status == 403 else ("waiting", 0, "end")
+    if isinstance(error, Unavailable):
+        if status is None or isinstance(error, NotTheAPI):      # no answer, or a portal's
+            return "waiting", 0, "end"
+        return ("waiting", delay(tries, 15, error.retry_after),
+                "end" if status in (429, 503) else "count" if status >= 500 else "go on")
+    told = " ".join([error.message] + error.issues)
+    if (waited_for_unit is not None and status in (400, 404) and re.search("(?i)sub.?unit", told)
+            and waited_for_unit < SUB_UNIT_HOURS * 3600):
+        return "waiting", min(900 * 2 ** min(tries, 9), 21600), "go on"
+    return "parked", 0, "go on"
+
+
+def held_back(entry):
+    """The units whose other runs wait for this one; where it waits for its sub-units, they pass."""
+    return {entry["serial_number"].lower()} if entry["exit_code"] == 5 else entry["units"]
+
+
+class Pass:
+    """One pass over a queue: what is due is sent, oldest first."""
+
+    def __init__(self, queue, client, tell=lambda text: None, force=None):
+        """`force`: entries that do not wait for their time: a set of refs, or all with ()."""
+        self.queue, self.client, self.tell, self.force = queue, client, tell, force
+        self.sent, self.codes, self.marked = [], set(), set()
+        self.streak, self.over, self.fresh, self.since = 0, False, [], 0
+
+    def run(self):
+        """False where another process is sending this queue."""
+        with self.queue.sender() as alone:
+            if alone:
+                try:
+                    self.send_all()
+                finally:
+                    self.flush()
+                    with self.queue.transaction():
+                        for number in self.marked:      # those surely did not go out
+                            self.queue.change(number, tried_at=None, origin=None)
+                self.queue.tidy()
+            return alone
+
+    def exit_code(self):
+        codes = self.codes | ({5} if self.queue.meta()["parked"] else set())
+        return next((code for code in (3, 5, 6) if code in codes), 0)
+
+    def send_all(self):
+        """Sends what is due; an entry that shares a unit with an older one waits for it."""
+        ready, blocked, now, here = [], set(), time.time(), self.client.login.url
+        for entry in self.queue.entries("state = 'waiting'"):
+            entry["units"] = set(json.loads(entry["units"]))
+            forced = self.force is not None and (not self.force or entry["ref"] in self.force)
+            if entry["origin"] not in (None, here):
+                self.queue.change(entry["id"], error=f"begun at {entry['origin']}, waits for it")
+            elif forced or is_due(entry, now):
+                ready.append(entry)
+                continue
+            ready.append(dict(entry, ref=None))
+        for number, entry in enumerate(ready):
+            if entry["ref"] is None or entry["units"] & blocked:
+                blocked |= held_back(entry)
+                continue
+            if entry["id"] not in self.marked and entry["tried_at"] is None:
+                self.mark(ready[number:number + BATCH], here)
+            self.send(entry)
+            if entry["state"] == "waiting":
+                blocked |= held_back(entry)
+            if self.over:
+                return
+
+    def mark(self, entries, here):
+        """Commits that these may go out from now on."""
+        with self.queue.transaction():
+            for entry in entries:
+                if entry["ref"] and entry["tried_at"] is None:
+                    self.queue.change(entry["id"], tried_at=time.time(), origin=here)
+                    self.marked.add(entry["id"])
+
+    def send(self, entry):
+        """Sends one entry and its files; its new state stands in it."""
+        queue, number, run_id = self.queue, entry["id"], entry["run_id"]
+        body = json.loads(queue.body(number))
+        self.marked.discard(number)
+        if any(entry["units"] & other["units"] for other, _ in self.fresh) or entry["tried_at"]:
+            self.flush()        # a look must know which runs are others
+        try:
+            if not run_id:
+                taken = {row["run_id"] for row in queue.run(
+                    "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
+                    entry["serial_number"])} if entry["tried_at"] else ()
+                run_id = self.client.send_create(body, entry["tried_at"], taken)["id"]
+            files = queue.files(number)
+            if files:
+                self.flush()
+                queue.change(number, run_id=run_id)
+                attach(self.client, run_id, files)
+        except QueueUnusable:
+            raise
+        except Error as error:
+            self.failed(entry, body, error, run_id)
+            return
+        self.since = self.since if self.fresh else time.monotonic()
+        self.fresh.append((entry, run_id))
+        if len(self.fresh) >= BATCH or time.monotonic() - self.since > 1:
+            self.flush()
+        self.streak = 0
+        self.sent.append(dict(entry, run_id=run_id))
+        self.tell(f"sent {entry['serial_number']} {entry['outcome']} as run {run_id}")
+        entry["state"] = "sent"
+
+    def flush(self):
+        """Commits the receipts of what went. A kill before it costs a look at each, no more."""
+        with self.queue.transaction():
+            for entry, run_id in self.fresh:
+                self.queue.end(entry["id"], "sent", run_id=run_id)
+        self.fresh = []
+
+    def failed(self, entry, body, error, run_id):
+        self.flush()
+        now = time.time()
+        state, wait, effect = after_failure(
+            error, entry["tries"], now - entry["stored_at"] if body.get("sub_units") else None)
+        unsure = run_id or entry["tried_at"] or isinstance(error, Unavailable) and error.sent
+        code = 5 if isinstance(error, NotFound) else error.exit_code
+        self.queue.change(
+            entry["id"], state=state, tries=entry["tries"] + 1, failed_at=now,
+            next_try_at=now + wait, exit_code=code,
+            error="\n".join([error.message] + error.issues[:20])[:4000].encode(
+                "utf-8", "backslashreplace").decode(),
+            tried_at=(entry["tried_at"] or now) if unsure else None,
+            origin=self.client.login.url if unsure else None)
+        self.codes.add(code)
+        self.streak = self.streak + 1 if effect == "count" else 0
+        self.over = effect == "end" or self.streak >= 3
+        self.tell(f"{state} {entry['serial_number']}: {error.message.splitlines()[0]}"
+                  + (f"; next try in {wait:.0f} s" if wait else ""))
+        entry.update(state=state, exit_code=code)
+
+
+def move(queue, path):
+    """Hands all waiting entries to another queue file: how many. Repeatable at every point.
+
+    Three commits for each: mark here, insert there, end here. The target is known by its identity
+    (a stick has another path on another machine), a hand-over by the token that goes with it.
+    """
+    with queue.sender() as alone:
+        if not alone:
+            raise Unavailable("another process is sending this queue", "try again when it is done")
+        with Queue(path) as target:
+            if target.identity == queue.identity:
+                raise BadInput("source and target are the same queue")
+            for entry in queue.entries("state = 'moving'"):
+                if entry["target"].split()[0] != target.identity:
+                    raise BadInput("a move to another file is not finished: "
+                                   + entry["target"].partition(" ")[2], "move to that file first")
+            token = os.urandom(16).hex()
+            with queue.transaction():
+                queue.run("UPDATE entry SET state = 'moving', target = ?, hop = ? || id "
+                          "WHERE state = 'waiting'", f"{target.identity} {target.path}", token)
+            moving = queue.entries("state = 'moving'")
+            for number, entry in enumerate(moving):
+                values = dict(entry, body=queue.body(entry["id"]), target=None, hop=None,
+                              came=entry["hop"])
+                del values["id"], values["state"]
+                try:
+                    target.put(values, queue.files(entry["id"]))
+                except QueueUnusable:       # full, or gone: what surely is not there stays here
+                    for rest in moving[number:]:
+                        if not target.same(rest["ref"]):
+                            queue.change(rest["id"], state="waiting", target=None, hop=None)
+                    raise
+                with queue.transaction():
+                    queue.end(entry["id"], "moved")
+            queue.tidy()
+            return len(moving), target.path
+
+
+# ---- output --------------------------------------------------------------------------------------
+
+class Result:
+    """What a command gives to main: a JSON document, lines for people (or a function of the Screen
+    that gives them), rows, IDs, exit status. `pages` (ls) are (rows, meta) as they arrive."""
+
+    def __init__(self, document=None, lines=(), rows=None, ids=(), pages=None, columns=(), status=0):
+        self.document, self.lines, self.ids, self.pages = document, lines, ids, pages
+        self.rows, self.columns, self.status = [document] if rows is None else rows, columns, status
+
+
+RUN_COLUMNS = (("ID", "id"), ("OUTCOME", "outcome"), ("SERIAL", "unit.serial_number"),
+               ("PROCEDURE", "procedure.name"), ("STARTED", "started_at"))
+CSV_COLUMNS = ("id", "outcome", "unit.serial_number", "unit.part.number",
+               "unit.part.revision.number", "unit.batch.number", "procedure.id", "procedure.name",
+               "procedure.version.tag", "started_at", "ended_at", "duration",
+               "created_by_station.name", "operated_by.name")
+COLOURS = {"PASS": 32, "FAIL": 31, "ERROR": 35, "TIMEOUT": 35, "ABORTED": 33, "SKIP": 33,
+           "UNSET": 33}
+
+
+class Screen:
+    """Writes a Result as a table or text, JSON, JSON lines or CSV, to a terminal, pipe or file."""
+
+    def __init__(self, stream, format="table", columns=None, quiet=False):
+        import shutil
+        self.stream, self.format, self.quiet = stream, format, quiet
+        self.columns = [(path, path) for path in columns or ()]
+        self.tty = stream.isatty()
+        self.width = shutil.get_terminal_size().columns
+        self.colour = (self.tty and not os.environ.get("NO_COLOR")
+                       and os.environ.get("TERM") != "dumb" and console_takes_colour())
+
+    def write(self, result):
+        put, pages = self.stream.write, result.pages
+        if self.quiet:
+            for rows, _ in pages or [([{"id": id} for id in result.ids], None)]:
+                put("".join(f"{shown(row.get('id'))}\n" for row in rows))
+                self.stream.flush()
+        elif self.format == "json":
+            if pages:
+                self.write_pages(pages)
+            else:
+                put(dump_json(result.document, 2) + "\n")
+        elif self.format == "table" and not (pages or self.columns or result.columns):
+            lines = result.lines(self) if callable(result.lines) else result.lines
+            put("".join(f"{line}\n" for line in lines))
+        else:
+            self.write_rows(pages or [(result.rows, None)], result.columns or RUN_COLUMNS)
+        self.stream.flush()
+
+    def write_pages(self, pages):
+        """{"data": [...], "meta": {...}} as it arrives; closed properly when a page fails."""
+        meta, comma = {"has_more": False, "next_cursor": None}, ""
+        self.stream.write('{"data": [')
+        try:
+            for rows, meta in pages:
+                for row in rows:
+                    self.stream.write(f"{comma}\n{dump_json(row)}")
+                    comma = ","
+                self.stream.flush()
+        except Error as error:
+            meta = {"has_more": True, "next_cursor": getattr(error, "cursor", None)}
+            raise
+        finally:
+            self.stream.write(f'\n], "meta": {dump_json(meta)}}}\n')
+
+    def write_rows(self, pages, columns):
+        csv_columns = CSV_COLUMNS if columns is RUN_COLUMNS else [path for _, path in columns]
+        columns, keep = self.columns or columns, None
+        if self.format == "csv":
+            import csv
+            columns = self.columns or [(path, path) for path in csv_columns]
+            writer = csv.writer(self.stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
+            writer.writerow([csv_text(title) for title, _ in columns])
+        for rows, _ in pages:
+            if self.format == "jsonl":
+                self.stream.write("".join(dump_json(
+                    {path: dig(row, path) for _, path in self.columns} or row) + "\n"
+                    for row in rows))
+            elif self.format == "csv":
+                writer.writerows([csv_text(dig(row, path)) for _, path in columns] for row in rows)
+            else:
+                table = [[cell(dig(row, path), path, self.tty) for _, path in columns]
+                         for row in rows]
+                if keep is None:
+                    titles = [title for title, _ in columns]
+                    keep, widths = fit([titles] + table, columns, self.width if self.tty else 0)
+                    table.insert(0, titles)
+                for line in table:
+                    self.write_line([line[i] for i in keep], widths)
+            self.stream.flush()
+
+    def write_line(self, cells, widths):
+        if self.tty:
+            cells = [cut(text, width) for text, width in zip(cells, widths)]
+            cells[-1] = cells[-1].rstrip()
+            cells = [self.paint(text) for text in cells]
+        self.stream.write(("  " if self.tty else "\t").join(cells) + "\n")
+
+    def paint(self, text):
+        """An outcome in its colour, anything else as it is."""
+        code = self.colour and COLOURS.get(text.strip())
+        return f"\x1b[{code}m{text}\x1b[0m" if code else text
+
+
+def console_takes_colour():
+    if os.name != "nt":
+        return True
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import ctypes
+        kernel = ctypes.windll.kernel32
+        return bool(kernel.SetConsoleMode(kernel.GetStdHandle(-11), 7))
+    return False
+
+
+def cells(text):
+    """Columns of a terminal that a text takes."""
+    if max(text, default="") < "\u0300":
+        return len(text)
+    import unicodedata
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF"
+               else 1 for c in text)
+
+
+def cut(text, width):
+    """Text in exactly so many columns, cut with ... where it is longer."""
+    if cells(text) > width:
+        while cells(text) > width - 3:
+            text = text[:-1]
+        text += "..."
+    return text + " " * (width - cells(text))
+
+
+def fit(lines, columns, width):
+    """(columns kept, their widths) of a table; IDs, outcomes and times are never cut.
+
+    In `width` columns of a terminal (0: no limit) the others share what is left, 8 at least; then
+    the procedure goes, the time, the serial number; a custom table loses its last columns.
+    """
+    need = [max(cells(line[i]) for line in lines) for i in range(len(columns))]
+    paths, keep = [path for _, path in columns], list(range(len(columns)))
+    drop = [paths.index(path) for path in ("procedure.name", "started_at", "unit.serial_number")
+            if columns is RUN_COLUMNS] or keep[:0:-1]
+    soft = [i for i in keep if not paths[i].endswith(("outcome", "id", "_at"))]
+    while width:
+        free = width - 1 - 2 * (len(keep) - 1) - sum(need[i] for i in keep if i not in soft)
+        shares = sorted((i for i in keep if i in soft), key=lambda i: need[i])
+        if sum(min(need[i], 8) for i in shares) <= free or not drop:
+            for number, i in enumerate(shares):       # the short ones first
+                need[i] = max(4, min(need[i], free // (len(shares) - number)))
+                free -= need[i]
+            break
+        keep.remove(drop.pop(0))
+    if len(keep) == 2 and columns is RUN_COLUMNS:
+        keep.reverse()
+    return keep, [need[i] for i in keep]
+
+
+def cell(value, path, tty):
+    """A value in a table: as people write it on a terminal, whole and in UTC in a pipe."""
+    if value is None:
+        return "-" if tty else ""
+    if path.endswith("_at") and epoch(value) is not None:
+        return ago(time.time() - epoch(value)) if tty else instant(value)
+    if tty and path == "client_run_ref":
+        return shown(value)[:12]
+    return duration_text(value) if path.endswith("duration") and tty else shown(value)
+
+
+def ago(seconds):
+    """2m ago, 3h ago; in 5m for what is to come."""
+    size, unit = next((size, unit) for size, unit in (
+        (86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if abs(seconds) >= 2 * size or size == 1)
+    text = f"{int(abs(seconds) // size)}{unit}"
+    return f"{text} ago" if seconds >= 0 else f"in {text}"
+
+
+def csv_text(value):
+    """A cell of a CSV file that no spreadsheet takes for a formula.
+
+    >>> csv_text("-12.5"), csv_text("=1+1"), csv_text({"a": 1})
+    ('-12.5', "'=1+1", '{"a": 1}')
+    """
+    if not isinstance(value, str):
+        return "" if value is None else dump_json(value)
+    if re.match("[\t\r\n]|\\s*[-=+@\uff1d\uff0b\uff0d\uff20]", value):
+        try:
+            float(value)
+        except ValueError:
+            return "'" + shown(value, keep="\t\n")
+    return shown(value, keep="\t\n")
+
+
+def report(run, screen, link, failed_only, logs):
+    """The lines of a run for people: verdict, unit, times, phases with measurements, files, logs."""
+    def text(path, before=""):
+        value = dig(run, path)
+        return "" if value in (None, "") else before + shown(value)
+
+    def when(path):
+        at = epoch(dig(run, path))
+        if at is None or not screen.tty:
+            return text(path) if at is None else instant(dig(run, path))
+        local = datetime.datetime.fromtimestamp(at, _UTC).astimezone().isoformat(" ", "seconds")
+        return f"{local[:19]} {local[19:]} ({ago(time.time() - at)})"
+    yield "  ".join(filter(None, [
+        screen.paint(text("outcome")), text("unit.serial_number"),
+        text("procedure.name") + text("procedure.version.tag", " "),
+        duration_text(run.get("duration"))]))
+    yield ""
+    metadata = run.get("metadata") if isinstance(run.get("metadata"), dict) else {}
+    for title, value in (
+            ("Run", text("id")),
+            ("Unit", text("unit.serial_number") + text("unit.part.number", "   part ")
+             + text("unit.part.revision.number", "   rev ")
+             + text("unit.batch.number", "   batch ") + text("unit.sample", "   sample ")),
+            ("Station", text("created_by_station.name")),
+            ("User", text("created_by_user.name") or text("created_by_user.email")),
+            ("Operator", text("operated_by.name") or text("operated_by.email")),
+            ("Slot", text("slot_name") or text("slot_key")), ("Started", when("started_at")),
+            ("Ended", when("ended_at")), ("Uploaded", when("created_at")),
+            ("Note", text("docstring")), ("Metadata", "  ".join(
+                f"{shown(key)}={shown(value)}" for key, value in metadata.items())),
+            ("Link", link)):
+        if value:
+            yield f"{title:<10} {value}"
+    yield from phase_lines(dicts(run.get("phases")), screen.paint, failed_only)
+    rows = dicts(run.get("attachments"))
+    yield from section(f"ATTACHMENTS  {len(rows)}", [
+        f"{shown(row.get('name'))}  {size_text(row.get('size'))}  {shown(row.get('id'))}"
+        for row in rows])
+    rows = dicts(run.get("sub_units"))
+    yield from section(f"SUB-UNITS    {len(rows)}", [
+        f"{shown(row.get('serial_number'))}  ({shown(row.get('part_number'))})" for row in rows])
+    rows = dicts(run.get("logs"))
+    counts = collections.Counter(shown(row.get("level")) for row in rows)
+    lines = ["{timestamp}  {level:<8}  {message}  ({source_file}:{line_number})".format(
+        **{key: shown(row.get(key)) for key in ("timestamp", "level", "message", "source_file",
+                                                "line_number")}) for row in rows]
+    title = f"LOGS         {len(rows)}: " + ", ".join(
+        f"{count} {level}" for level, count in counts.items())
+    yield from section(title + ("" if logs else "      (show them: --logs)"), lines, logs)
+
+
+def section(title, lines, whole=True):
+    return ["", title] + ["  " + line for line in lines if whole] if lines else []
+
+
+def phase_lines(phases, paint, failed_only):
+    counts = collections.Counter(shown(phase.get("outcome")) for phase in phases)
+    lines = []
+    for phase in phases:
+        rows = [row for row in dicts(phase.get("measurements"))
+                if not failed_only or row.get("outcome") == "FAIL"]
+        if failed_only and phase.get("outcome") in ("PASS", "SKIP") and not rows:
+            continue
+        retry = phase.get("retry_count")
+        name = shown(phase.get("name")) + (f"  (attempt {retry + 1})" if retry and is_number(retry)
+                                           else "")
+        lines.append(f"{paint(cut(shown(phase.get('outcome')), 5))} {cut(name, 58)}"
+                     f"{duration_text(phase.get('duration')):>9}".rstrip())
+        width = min(28, max([cells(shown(row.get("name"))) for row in rows] or [0]))
+        for row in rows:
+            lines += measurement_lines(row, paint, width)
+    return section(f"PHASES  {len(phases)}: " + ", ".join(
+        f"{count} {word}" for word, count in counts.items()), lines)
+
+
+def measurement_lines(row, paint, width):
+    series, value = dicts(row.get("data_series")), row.get("measured_value")
+    unit = "" if row.get("units") in (None, "") else " " + shown(row["units"])
+    value = "" if value is None else dump_json(value)[:60] + unit
+    limits = limits_text(row) + distance_text(row)
+    if series:
+        data = [part.get("data") for part in series]
+        value = f"{max(len(part) if isinstance(part, list) else 0 for part in data)} points"
+        limits = " / ".join(" ".join(shown(part[key]) for key in ("name", "units") if part.get(key))
+                            for part in series) + limits
+    name = shown(row.get("name"))
+    lines = [f"  {paint(cut(shown(row.get('outcome')), 5))} {name}"
+             f"{' ' * (width - cells(name))}  {value:<15} {limits}".rstrip()]
+    for source in [row] + series:
+        if source is not row and limits_text(source):
+            lines.append(" " * 10 + limits_text(source))
+        for item in dicts(source.get("aggregations")):
+            limits = limits_text(item) and f" ({limits_text(item)})"
+            lines.append(f"{'':10}{shown(item.get('type'))} {shown(item.get('value'))}{limits}")
+    return lines
+
+
+def limits_text(row):
+    """The expressions of the validators; one that fails without deciding is a WARN."""
+    return ", ".join(shown(rule.get("expression"), 60) + (
+        " WARN" if rule.get("outcome") == "FAIL" and rule.get("is_decisive") is False else "")
+        for rule in dicts(row.get("validators")))
+
+
+def distance_text(row):
+    """  <-- 0.9 below, for the nearest numeric limit that failed."""
+    value, found = row.get("measured_value"), []
+    for rule in dicts(row.get("validators")):
+        limit = rule.get("expected_value")
+        limits = limit if isinstance(limit, list) else [limit]
+        if rule.get("outcome") == "FAIL" and is_number(value) and all(map(is_number, limits)):
+            found += [(abs(value - item), "below" if value < item else "above") for item in limits]
+    return "   <-- {0:.4g} {1}".format(*min(found)) if found and min(found)[0] else ""
+
+
+def summary(runs):
+    """(document, lines): a count for each outcome, yields of procedures, the worst serials."""
+    outcomes, fails, units, rows = collections.Counter(), collections.Counter(), {}, {}
+    for run in runs:
+        outcome, serial = shown(run.get("outcome")), shown(dig(run, "unit.serial_number"))
+        key = shown(dig(run, "procedure.name")), serial
+        outcomes[outcome] += 1
+        fails[serial] += outcome != "PASS"
+        now = epoch(run.get("started_at")) or 0, outcome == "PASS"
+        first, ever = units.get(key, (now, False))
+        units[key] = min(first, now), ever or now[1]
+    for (procedure, _), (first, ever) in units.items():
+        row = rows.setdefault(procedure, {"procedure": procedure, "units": 0, "passed": 0,
+                                          "passed_first": 0})
+        row["units"] += 1
+        row["passed"] += ever
+        row["passed_first"] += first[1]
+    total = sum(outcomes.values())
+    lines = [f"{total} runs"] + [
+        f"  {outcome:<8} {count:>7}  {100 * count / total:5.1f} %  {'#' * round(40 * count / total)}"
+        for outcome, count in outcomes.most_common()]
+    for row in rows.values():
+        row["yield"] = row["passed"] / row["units"]
+        row["first_pass_yield"] = row["passed_first"] / row["units"]
+    lines += section("YIELD", ["PROCEDURE                   UNITS   YIELD  FIRST PASS"] + [
+        f"{cut(row['procedure'], 26)} {row['units']:>6} {row['yield']:7.1%} "
+        f"{row['first_pass_yield']:10.1%}" for row in rows.values()])
+    worst = [(serial, count) for serial, count in fails.most_common(10) if count]
+    lines += section("SERIALS THAT FAIL MOST", [f"{count:>5}  {serial}" for serial, count in worst])
+    return {"runs": total, "outcomes": dict(outcomes), "procedures": list(rows.values()),
+            "failing_serials": [{"serial_number": s, "count": n} for s, n in worst]}, lines
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+class Call:
+    """One command line: its flags as checked values, stderr, and what the commands share."""
+
+    def __init__(self, args, words, fields):
+        self.args, self.words, self.planned, self.stdin = args, words, [], None
+        self.fields = {field.name: field for field in fields}
+        self.format = "json" if self.get("json") else self.get("format") or "table"
+        self.quiet, self.durable, self.began = bool(self.get("q")), False, None
+        self.clients = contextlib.ExitStack()
+        self.silent = self.format == "json" and not self.get("v")
+
+    def given(self, name):
+        """What was typed for a flag (all words of a list flag), or None."""
+        value, field = getattr(self.args, name, None), self.fields.get(name)
+        return value if value is None or not field.many or field.fields else sum(value, [])
+
+    def get(self, name):
+        """The checked value of a flag that is not part of a request, or None."""
+        value, field, problems = self.given(name), self.fields.get(name), []
+        if value is None or field.kind == "flag":
+            return value
+        values = [check_field(field, item, flag(name), problems)
+                  for item in (value if field.many else [value])]
+        if problems:
+            raise BadInput(problems[0])
+        return values if field.many else values[0]
+
+    def read(self, word, name):
+        """The bytes of @FILE, or of - (stdin), which stands once in a command."""
+        if word == "-" and self.stdin:
+            raise BadInput(f"- (stdin) stands twice: {flag(self.stdin)}, {flag(name)}",
+                           "put one of them into a file: @FILE")
+        if word == "-":
+            self.stdin = name
+            return sys.stdin.buffer.read() if sys.stdin else b""
+        try:
+            with open(local_path(word[1:]), "rb") as file:
+                return file.read()
+        except OSError as error:
+            raise BadInput(f"{flag(name)}: cannot read {word[1:]}: {error.strerror}",
+                           "name a file that this user can read") from None
+
+    def read_json(self, name):
+        """The JSON of a flag: text, @FILE or -."""
+        word = self.given(name)
+        data = self.read(word, name) if word == "-" or word.startswith("@") else word
+        try:
+            return load_json(data)
+        except ValueError as error:
+            got = shown(data, 60) if isinstance(data, str) else f"{len(data)} bytes of {word}"
+            raise BadInput(f"{flag(name)} is not JSON: {error}\n  got: {got}",
+                           ("--set key=value, or " if "set" in self.fields else "")
+                           + f"put the JSON in a file: {flag(name)} @FILE") from None
+
+    def values(self, operation, start=()):
+        """The operation's fields as given: JSON read, IDs from @FILE, --set among the metadata."""
+        values = dict(start)
+        for field in OPERATIONS[operation].fields:
+            value = self.given(field.name)
+            if value is not None and field.kind in ("record", "metadata", "object"):
+                value = self.read_json(field.name)
+            elif field.many and field.kind in ("id", "serial"):
+                value = value and [line.strip() for word in value for line in (
+                    self.read(word, field.name).decode("utf-8-sig", "replace").splitlines()
+                    if word == "-" or word.startswith("@") else [word])
+                    if line.strip() or line is word]
+                if value == []:     # an empty filter would mean everything
+                    raise BadInput(f"{flag(field.name)}: there is no value in it",
+                                   "give one at least")
+            if value is not None:
+                values[field.name] = value
+        for word in self.given("set") or ():
+            key, equals, text = word.partition("=")
+            if not (key and equals and isinstance(values.setdefault("metadata", {}), dict)):
+                raise BadInput("--set: give key=value", "such as --set shift=A --set temp=23.4")
+            values["metadata"] = dict(values["metadata"], **{key: parse_word(text)})
+        return values
+
+    def wire(self, operation):
+        return check(operation, self.values(operation), flags=True)
+
+    def client(self, retries=3):
+        key, path, given = None, self.get("api_key_file"), self.get("retries")
+        if path is not None:
+            try:
+                key = self.read(path if path == "-" else "@" + path, "api_key_file")
+            except BadInput as error:
+                if self.stdin:
+                    raise
+                raise AccessDenied(error.message, error.hint) from None
+            key = key.decode("utf-8", "replace")
+        client = Client(self.get("url"), key, self.get("ca_cert"), self.get("timeout") or 30,
+                        retries if given is None else given, bool(self.get("allow_http")),
+                        f"--api-key-file {path}", self.warn, self.note if self.get("v") else None,
+                        self.plan if self.get("dry_run") else None)
+        self.clients.callback(client.close)
+        return client
+
+    def plan(self, method, url, body):
+        """What --dry-run does in place of sending."""
+        self.planned.append({"method": method, "url": url, "body": body})
+        return {"id": [] if method == "DELETE" else "ID", "upload_url": "URL", "url": "URL",
+                "data": [], "meta": {}}
+
+    def note(self, text):
+        """A line on stderr."""
+        if not self.silent:
+            sys.stderr.write(shown(text) + "\n")
+            sys.stderr.flush()
+
+    def warn(self, text):
+        self.note("warning: " + text)
+
+    def log(self, text):
+        """A line with the time on stdout, while queue send is at work."""
+        if self.format == "table" and not self.quiet:
+            sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shown(text)}\n")
+            sys.stdout.flush()
+
+    def progress(self, file, sent):
+        """A line on a terminal once an upload takes more than 2 s."""
+        self.began = self.began or time.monotonic()
+        if time.monotonic() - self.began > 2 and sys.stderr.isatty() and not self.silent:
+            sys.stderr.write(f"\rUploading {shown(file.name, 40)} {100 * sent // file.size:3d}%  "
+                             f"{size_text(sent)} of {size_text(file.size)}  "
+                             + "\n" * (sent == file.size))
+            sys.stderr.flush()
+
+
+def run_ls(call):
+    filters, client = call.wire("list"), call.client()
+    limit, whole = filters.pop("limit", None), call.get("all") or call.get("summary")
+    if limit and call.get("all"):
+        raise BadInput("--limit and --all exclude each other", "give one of them")
+    limit = limit if whole else limit or 50
+    pages = client.pages(limit, call.get("page_size") or min(limit or 100, 100), **filters)
+    first = next(pages)
+    if not first[0] and call.get("fail_empty") and not client.plan:
+        raise NotFound("no run matches", "that is what --fail-empty asks for")
+
+    def all_pages():
+        count, (rows, meta) = len(first[0]), first
+        yield first
+        try:
+            for rows, meta in pages:
+                count += len(rows)
+                yield rows, meta
+        except Error as error:
+            error.hint += f"\nto go on from here: --cursor {error.cursor}"
+            raise
+        if not count:
+            call.note("no run matches")
+        if meta.get("has_more") and not whole:
+            call.note(f"{count} shown, more exist: --all, or --cursor {meta['next_cursor']}")
+    if call.get("summary"):
+        return Result(*summary(row for rows, _ in all_pages() for row in rows))
+    return Result(pages=all_pages())
+
+
+def run_get(call):
+    client, folder, saved = call.client(), call.get("download"), []
+    run = client.get(call.wire("get")["id"])
+    for row in dicts(run.get("attachments")) if folder and not client.plan else ():
+        if row.get("download_url"):
+            saved.append(shown(download(client, row, folder)))
+        else:
+            call.warn(f"{shown(row.get('name'))} has no content: its upload was not finished")
+
+    def lines(screen):
+        yield from report(run, screen, run_link(client, dig(run, "procedure.id"), run.get("id")),
+                          call.get("failed_only"), call.get("logs"))
+        yield from section("SAVED", saved)
+    return Result(run, lines, ids=[run.get("id")], status=10 if call.get("exit_status")
+                  and run.get("outcome") != "PASS" else 0)
+
+
+def run_link(client, procedure_id, run_id):
+    """The run's page, where the organization is known from the credentials file."""
+    if not client.plan and client.login.slug and procedure_id:
+        return shown(f"{client.login.url}/{client.login.slug}/{procedure_id}/runs/{run_id}")
+
+
+def run_create(call):
+    start = call.read_json("body") if call.given("body") else {}
+    if not isinstance(start, dict):
+        raise BadInput("--body: must be a JSON object")
+    values = call.values("create", start)
+    for name in ("started_at", "ended_at") if values.get("client_run_ref") else ():
+        with contextlib.suppress(AttributeError, TypeError, ValueError, OverflowError):
+            values[name] = parse_time(values.get(name), datetime.datetime.now().astimezone())
+    body = with_ref(check("create", values, flags=True))
+    if epoch(body["ended_at"]) > time.time() + 3600:
+        call.warn(f"the run ends in the future, {body['ended_at']}: is this machine's clock right?")
+    files = [LocalFile(path) for path in call.get("attach") or ()]
+    for number, file in enumerate(files):
+        if file.name in [other.name for other in files[:number]] or len(file.name) > 255:
+            raise BadInput(f"--attach: {file.name} stands twice, or is longer than 255 characters",
+                           "rename the file: on a run its name tells it from the others")
+    if not call.get("dry_run") and (call.get("queue") or call.get("offline")
+                                    or os.environ.get("TOFUPILOT_QUEUE")):
+        return create_queued(call, body, files)
+    return create_now(call, body, files)
+
+
+def create_now(call, body, files):
+    client, new = call.client(), []
+    run_id = client.send_create(body)["id"]
+    document, phases = {"id": run_id}, body.get("phases", ())
+    if files:
+        new = attach_all(call, client, run_id, files)
+        document["attachments"] = [{"id": file.upload_id, "name": file.name} for file in files]
+    count = sum(len(phase.get("measurements") or ()) for phase in phases)
+    lines = [f"Created run {shown(run_id)}", "  " + "  ".join(filter(None, [
+        body["outcome"], body["serial_number"],
+        phases and f"{len(phases)} phases, {count} measurements",
+        seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]))]
+    lines += ["  " + line for line in [run_link(client, body["procedure_id"], run_id)] if line]
+    return Result(document, lines + ["  " + line for line in file_lines(files, new)], ids=[run_id])
+
+
+def file_lines(files, new):
+    return [f"{'Attached' if file in new else 'Already there:'} {shown(file.name)}  "
+            f"{size_text(file.size)}  {shown(file.upload_id)}" for file in files]
+
+
+def attach_all(call, client, run_id, files):
+    """Attaches to a run that exists; an error says what is stored and what is not."""
+    try:
+        return attach(client, run_id, files, call.progress)
+    except Error as error:
+        left = [file.name for file in files if not file.done] or [file.name for file in files]
+        error.message = (f"run {run_id} is stored, {len(left)} of {len(files)} attachments not: "
+                         f"{', '.join(left)}\n{error.message}")
+        error.hint, error.id = "run the same command again; only what is missing goes up", run_id
+        raise
+
+
+def create_queued(call, body, files):
+    """Stores a run, then sends it and older ones for ten seconds at most."""
+    path, origin, problem = queue_path(call), None, []
+    with contextlib.ExitStack() as stack:
+        try:
+            if not call.get("offline"):
+                with contextlib.suppress(Error):        # it is told when it is sent
+                    origin = call.client().login.url
+            # open to the end: to close it would drop the locks of the thread's connection
+            queue = stack.enter_context(Queue(path))
+            entry = queue.store(body, files, origin)
+        except Unavailable as error:
+            return create_unqueued(call, body, files, error)
+        call.durable = True
+        if not call.get("offline") and entry["state"] == "waiting":
+            within(10, lambda: send_queued(call, path, problem))
+        entry, meta = queue.find(entry["ref"]), queue.meta()
+        waits = [row["stored_at"] for row in queue.entries("state = 'waiting'")]
+    if meta["parked"] or time.time() - min(waits + [math.inf]) > 86400:
+        call.warn(f"{meta['parked']} runs are parked, {meta['waiting']} wait in {path}: "
+                  f"see {PROG} queue ls")
+    run_id = entry["run_id"] if entry["state"] == "sent" else None
+    lines = [f"Created run {shown(run_id)}"] if run_id else [
+        f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; {meta['waiting']} wait"]
+    lines += ["  " + shown(text, 200) for text in problem[-1:] if not run_id]
+    return Result({"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"]}, lines,
+                  ids=[run_id] if run_id else [])
+
+
+def create_unqueued(call, body, files, error):
+    """The queue cannot be written: the run is sent directly, or it is said that it is NOT stored."""
+    try:
+        if call.get("offline"):
+            raise error
+        call.warn(f"{error.message}; the run is sent directly")
+        return create_now(call, body, files)
+    except Error as error:
+        if error.id:
+            raise       # the run is stored, a file is not
+        raise Unavailable(error.message + "\nthe run is NOT stored", error.hint, error.status,
+                          error.code, error.issues) from None
+
+
+def send_queued(call, path, problem):
+    """A pass over the queue, in a thread of its own; what stops it goes to `problem`."""
+    try:
+        with Queue(path) as queue:
+            Pass(queue, call.client(0), problem.append).run()
+    except Exception as error:      # the run is stored: nothing here is a failure
+        problem.append(str(error))
+
+
+def within(seconds, work):
+    """Runs work() in a thread and goes on when it is done or the time is over, or on Ctrl-C."""
+    import threading
+    thread = threading.Thread(target=work)
+    thread.daemon = True
+    with contextlib.suppress(KeyboardInterrupt):
+        thread.start()
+        thread.join(seconds)
+
+
+def queue_path(call):
+    return (call.get("queue") or os.environ.get("TOFUPILOT_QUEUE")
+            or os.path.join(home(), "runs.queue"))
+
+
+def the_queue(call):
+    return Queue(queue_path(call), must_exist=True)
+
+
+QUEUE_COLUMNS = (("REF", "client_run_ref"), ("STATE", "state"), ("OUTCOME", "outcome"),
+                 ("SERIAL", "serial_number"), ("STORED", "stored_at"), ("TRIES", "tries"),
+                 ("ERROR", "error"))
+
+
+def entry_json(entry, files):
+    """An entry as queue ls shows it."""
+    found = {name: entry[name] for name in ("state", "outcome", "serial_number", "procedure_id",
+                                            "stored_at", "tries", "next_try_at", "error", "run_id")}
+    for name in ("stored_at", "next_try_at"):
+        found[name] = datetime.datetime.fromtimestamp(entry[name], _UTC).isoformat()[:19] + "Z" \
+            if entry[name] else None
+    return dict(found, client_run_ref=entry["ref"], attachments=files)
+
+
+def run_queue_ls(call):
+    with the_queue(call) as queue:
+        hidden = "" if call.get("sent") else ", 'sent', 'moved'"
+        counts = dict(map(tuple, queue.run("SELECT entry, count(*) FROM file GROUP BY entry")))
+        rows = [entry_json(entry, counts.get(entry["id"], 0))
+                for entry in queue.entries(f"state NOT IN ('storing'{hidden})")]
+        meta = queue.meta()
+    call.note(f"{meta['waiting']} waiting, {meta['parked']} parked, {size_text(meta['bytes'])} in "
+              f"{meta['file']}")
+    return Result({"data": rows, "meta": meta}, rows=rows, columns=QUEUE_COLUMNS,
+                  ids=[row["client_run_ref"] for row in rows])
+
+
+def run_queue_get(call):
+    folder, saved = call.get("download"), []
+    with the_queue(call) as queue:
+        entry = queue.find(refs(call, 1)[0])
+        files, body = queue.files(entry["id"]), queue.body(entry["id"])
+        for file in files if folder and body else ():
+            os.makedirs(folder, exist_ok=True)
+            saved.append(shown(save_new(os.path.join(folder, safe_name(file.name)),
+                                        lambda out, file=file: out.writelines(file.blocks()))))
+    shows = entry_json(entry, len(files))
+    lines = [f"{name:<15} {shown(value)}" for name, value in shows.items()
+             if value not in (None, "")]
+    lines += section("ATTACHMENTS", [f"{shown(file.name)}  {size_text(file.size)}" for file in files])
+    return Result(json.loads(body) if body else shows, lines + section("SAVED", saved),
+                  ids=[entry["ref"]])
+
+
+def refs(call, count=None):
+    """The REFs that a queue command was given."""
+    if not call.words or count and len(call.words) != count:
+        raise BadInput("one word is needed" if count else "REFs are needed",
+                       "queue ls shows the REFs; the beginning of one is enough")
+    return call.words
+
+
+def run_queue_rm(call):
+    with the_queue(call) as queue:
+        entries = [queue.find(word) for word in refs(call)]
+        with queue.transaction():
+            for entry in entries:
+                queue.drop("id = ?", entry["id"])
+        queue.tidy()
+    gone = [entry["ref"] for entry in entries]
+    return Result({"client_run_ref": gone}, [f"Removed {ref} from the queue" for ref in gone],
+                  ids=gone)
+
+
+def run_queue_send(call, force=None):
+    if call.get("jitter"):
+        time.sleep(delay(0, call.get("jitter")))
+    client = call.client(0)
+    with the_queue(call) as queue:
+        if force is not None:       # retry: REFs, or all
+            entries = [queue.find(word) for word in force] or queue.entries("state = 'parked'")
+            force = {entry["ref"] for entry in entries if force}
+            for entry in entries:
+                if entry["state"] == "parked":
+                    queue.change(entry["id"], state="waiting", next_try_at=0)
+        work = Pass(queue, client, call.log, force)
+        alone, meta = work.run(), queue.meta()
+        status = work.exit_code() if alone else 0
+    if not alone:
+        call.note("another process is sending this queue: nothing to do")
+    runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
+    document = {"sent": len(runs), "waiting": meta["waiting"], "parked": meta["parked"],
+                "runs": runs}
+    return Result(document, ["{sent} sent, {waiting} waiting, {parked} parked".format(**document)],
+                  rows=runs, ids=[run["id"] for run in runs], status=status)
+
+
+def run_queue_retry(call):
+    return run_queue_send(call, call.words)
+
+
+def run_queue_move(call):
+    with the_queue(call) as queue:
+        count, path = move(queue, refs(call, 1)[0])
+    return Result({"moved": count, "file": path}, [
+        f"Moved {count} runs to {path}, which holds the only copy now" if count
+        else "Nothing is waiting"])
+
+
+def run_update(call):
+    wire = call.wire("update")
+    answer = call.client().update(**wire)
+    return done(answer, f"Updated run {answer['id']}: {len(wire.get('attachments', ()))} "
+                "attachments linked")
+
+
+def done(answer, *lines):
+    """The Result of a command that made or changed one thing."""
+    return Result(answer, [shown(line) for line in lines], ids=[answer["id"]])
+
+
+def run_update_metadata(call):
+    wire = call.wire("update_metadata")
+    if not wire.get("metadata"):
+        raise BadInput("--metadata or --set is missing", "such as --set shift=A")
+    kept = [key for key, value in wire["metadata"].items() if value is not None]
+    gone = [key for key in wire["metadata"] if key not in kept]
+    answer = call.client().update_metadata(**wire)
+    return done(answer, f"Updated metadata of run {answer['id']}: " + "; ".join(filter(None, [
+        kept and "set " + ", ".join(kept), gone and "removed " + ", ".join(gone)])))
+
+
+def run_create_attachment(call):
+    values, path = call.values("create_attachment"), call.get("file")
+    files = [LocalFile(path, values.get("name"))] if path else []
+    if files:
+        values["name"] = files[0].name
+    wire, client = check("create_attachment", values, flags=True), call.client()
+    if files:
+        lines = file_lines(files, attach_all(call, client, wire["id"], files))
+        return done({"id": files[0].upload_id, "name": files[0].name}, *lines, f"  run {wire['id']}")
+    try:
+        answer = client.create_attachment(**wire)
+    except Unavailable as error:
+        if error.sent:
+            error.hint = ("look with get before you try again: an empty attachment may be left\n"
+                          "on the run. create-attachment --file does not have this problem")
+        raise
+    return done(answer, f"Attachment {answer['id']} reserved on run {wire['id']}",
+                "It has no content yet. The upload URL works for about 60 seconds:",
+                "  " + answer["upload_url"], "Upload, then finalize:",
+                f"  curl -X PUT -H 'Content-Type: {content_type(wire['name'])}' -T FILE 'URL'",
+                f"  {PROG} attachments finalize --id {answer['id']}", "Easier, in one step:",
+                f"  {PROG} create-attachment --id {wire['id']} --file FILE")
+
+
+def run_initialize(call):
+    answer = call.client().initialize(**call.wire("initialize"))
+    return done(answer, f"Upload {answer['id']}: PUT the bytes within 60 seconds to",
+                "  " + answer["upload_url"], "Then:",
+                f"  {PROG} attachments finalize --id {answer['id']}",
+                f"  {PROG} update --id RUN --attachments {answer['id']}")
+
+
+def run_finalize(call):
+    wire = call.wire("finalize")
+    answer = call.client().finalize(**wire)
+    return Result(answer, [f"Finalized upload {shown(wire['id'])}", "  " + shown(answer["url"])],
+                  ids=[wire["id"]])
+
+
+def run_rm(call):
+    ids, client = list(dict.fromkeys(call.wire("delete")["ids"])), call.client()
+    asks = sys.stdin and sys.stdin.isatty() and sys.stderr.isatty() and not client.plan
+    if asks and not call.get("yes"):
+        sys.stderr.write(f"Delete {len(ids)} runs? This cannot be undone. Type y: ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Stopped("nothing was deleted")
+    answer = client.delete(ids)
+    gone = answer["id"]
+    kept = [id for id in ids if id not in gone]
+    return Result(answer, [f"Deleted {len(gone)} runs"] + ["  " + shown(id) for id in gone]
+                  + section(f"Not there: {len(kept)}", map(shown, kept) if kept else [])[1:],
+                  rows=[{"id": id} for id in gone], ids=gone)
+
+
+def run_check(call):
+    """A line for each thing that a station needs, ok or FAIL; exits as its first failure does."""
+    rows, client, path = [], call.client(), queue_path(call)
+
+    def look(name, get):
+        try:
+            row = {"name": name, "ok": True, "text": get(), "error": None}
+        except Error as error:
+            row = {"name": name, "ok": False, "text": error.message, "error": error.as_json()}
+        rows.append(row)
+
+    def proxy():
+        from urllib.request import getproxies
+        return re.sub("//[^/@]*@", "//", getproxies().get("https", "none"))
+
+    def queue():
+        if not os.path.exists(path):
+            return f"none at {path}"
+        with Queue(path) as queue:
+            waits = queue.entries("state = 'waiting'")
+            return "{waiting} waiting, {parked} parked, {bytes} bytes in {file}".format(
+                **queue.meta()) + (f", oldest {ago(time.time() - waits[0]['stored_at'])}"
+                                   if waits else "")
+
+    def identity():
+        found = client.whoami()
+        name = dig(found, "station.name") or dig(found, "user.email")
+        return f"{found.get('type')} {name} of {dig(found, 'organization.name')}"
+
+    def clock():
+        theirs, ours = client.transport.server_clock or (0, 0)
+        off = round(ours - theirs)
+        if abs(off) > 120:
+            raise BadInput(f"{abs(off)} s {'ahead of' if off > 0 else 'behind'} the server",
+                           "set this machine's clock: certificates and times depend on it")
+        return f"{abs(off)} s from the server's" if theirs else "not compared: no answer"
+    for line in version_text().splitlines():
+        look(line.split()[0], lambda: line.split(None, 1)[1])
+    look("url", lambda: client.login.url)
+    look("key", lambda: f"from {client.login.source}" if client.login.key else "none")
+    look("proxy", proxy)
+    look("ca", lambda: client.transport.ca_cert or "the system's")
+    look("queue", queue)
+    look("identity", identity)
+    look("clock", clock)
+    lines = [f"{'ok  ' if row['ok'] else 'FAIL'}  {row['name']:<9} "
+             + shown(" ".join(row["text"].split())) for row in rows]
+    for number, row in enumerate(rows):
+        if row["error"]:
+            lines[number] += "\n      Fix: " + shown(" ".join(row["error"]["hint"].split()))
+    return Result({"data": rows}, lines, rows=rows, status=next(
+        (row["error"]["exit_code"] for row in rows if row["error"]), 0))
+
+
+def version_text():
+    with open(os.path.abspath(__file__), "rb") as file:
+        sha256 = digest([file.read()])
+    try:
+        from ssl import OPENSSL_VERSION as openssl
+    except ImportError:
+        openssl = "no ssl in this Python"
+    return (f"version  {PROG} {__version__}\nsha256   {sha256}\n"
+            f"python   {sys.version.split()[0]} on {sys.platform}\nopenssl  {openssl}\n"
+            f"path     {os.path.abspath(__file__)}\n")
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+Command = collections.namedtuple("Command", "run fields summary examples")
+
+GLOBAL = _table(
+    ("output",
+     ("json flag", "the server's JSON on stdout, and errors as JSON on stderr"),
+     ("format enum", "form of the output", "csv", ("table", "json", "jsonl", "csv")),
+     ("columns text", "fields to show, for table, csv and jsonl", "id,unit.serial_number"),
+     ("out path", "write to a file, replaced at the end only", "runs.csv"),
+     ("q flag", "IDs only"),
+     ("v flag", "a line for each request on stderr"),
+     ("dry_run flag", "print the requests, send nothing")),
+    ("connection",
+     ("url text", "the server, else TOFUPILOT_URL, else the credentials file, else the cloud",
+      "https://tofupilot.example.com"),
+     ("api_key_file path", "file with the key, or -; else TOFUPILOT_API_KEY, else "
+      "~/.tofupilot/credentials.json", "/etc/tofupilot.key"),
+     ("ca_cert path", "a private CA, besides the system's; else TOFUPILOT_CA_CERT", "factory.pem"),
+     ("timeout seconds", "seconds for each wait on the network (30)", "10"),
+     ("retries count", "tries after the first (3)", "0"),
+     ("allow_http flag", "plain http to another machine")))
+SET = _table(("metadata", ("set text*", "a key without JSON quoting", "shift=A temp=23.4")))
+QUEUE = _table(("queue", ("queue path", "the queue file; else TOFUPILOT_QUEUE, else runs.queue in "
+                          "~/.tofupilot", "line3.queue")))
+
+COMMANDS = {
+    "ls": Command(run_ls, LIST + _table(
+        ("page and order", ("all flag", "all runs that match"),
+         ("page_size page", "rows a request, 1 to 100", "100")),
+        ("output", ("fail_empty flag", "exit 4 when no run matches"),
+         ("summary flag", "counts, yields, the serials that fail most, over all pages"))),
+        "List runs, newest first.",
+        ("--procedure-ids proc_abc --outcomes PASS --limit 50",
+         "--started-after 24h --outcomes FAIL ERROR --format csv --out failures.csv",
+         "--serial-numbers SN-0001 --fail-empty -q", "--started-after 7d --summary")),
+    "get": Command(run_get, ID + _table(
+        ("output", ("failed_only flag", "phases and measurements that failed"),
+         ("logs flag", "the log lines too"),
+         ("download path", "save all attachments in a folder", "evidence"),
+         ("exit_status flag", "exit 10 unless the run is PASS"))),
+        "Show a run: verdict, phases, measurements, files.",
+        ("--id run_abc123", "--id run_abc123 --failed-only --logs",
+         "--id run_abc123 --download evidence")),
+    "create": Command(run_create, CREATE + SET + _table(
+        ("content", ("body text", "the whole request as JSON; flags override its fields",
+                     "@run.json"),
+         ("attach path*", "files to upload and link", "report.pdf scope.png"))) + QUEUE + _table(
+        ("queue", ("offline flag", "store in the queue only: no network, no key"))),
+        "Create a run. The same command again is the same run.",
+        ("--outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at "
+         "2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z",
+         "--body @run.json --attach report.pdf scope.png", "--body @run.json --queue line3.queue")),
+    "update": Command(run_update, OPERATIONS["update"].fields, "Link uploads to a run.",
+                      ("--id run_abc --attachments att_1 att_2",)),
+    "update-metadata": Command(
+        run_update_metadata, OPERATIONS["update_metadata"].fields + SET,
+        "Set or delete keys of a run's metadata; the others stay.",
+        ("--id run_abc --metadata '{\"shift\":\"A\",\"temp\":23.4}'",
+         "--id run_abc --set shift=A --set lot=null")),
+    "create-attachment": Command(run_create_attachment, ID + NAME + _table(
+        ("file", ("file path", "upload this file and link it; --name is then its own",
+                  "report.pdf"))),
+        "Attach a file to a run, or reserve a place for one.",
+        ("--id run_abc --file report.pdf", "--id run_abc --name report.pdf")),
+    "rm": Command(run_rm, OPERATIONS["delete"].fields + _table(
+        ("output", ("yes flag", "do not ask"))),
+        "Delete runs, with all that belongs to them.", ("--ids run_a run_b", "--ids @old.txt --yes")),
+    "attachments initialize": Command(run_initialize, NAME, "Make an upload that no run has yet.",
+                                      ("--name report.pdf",)),
+    "attachments finalize": Command(run_finalize, OPERATIONS["finalize"].fields,
+                                    "Close an upload whose bytes were PUT by hand.",
+                                    ("--id att_1",)),
+    "queue ls": Command(run_queue_ls, QUEUE + _table(
+        ("output", ("sent flag", "receipts of the last 30 days too"))),
+        "List the runs that wait, and those that the server refused (parked).",
+        ("", "--queue line3.queue --sent")),
+    "queue get": Command(run_queue_get, QUEUE + _table(
+        ("output", ("download path", "save its attachments in a folder", "evidence"))),
+        "Show an entry of the queue (REF); --json is its request, for create --body.",
+        ("3e1f7d02", "3e1f7d02 --json --out run.json")),
+    "queue send": Command(run_queue_send, QUEUE + _table(
+        ("queue", ("jitter seconds", "wait up to so long first: many stations share a minute",
+                   "60"))),
+        "Send what is due, oldest first. For cron.", ("--jitter 60", "--queue line3.queue")),
+    "queue retry": Command(run_queue_retry, QUEUE,
+                           "Send parked and waiting runs (REFs, or all) without waiting.",
+                           ("", "3e1f7d02")),
+    "queue rm": Command(run_queue_rm, QUEUE, "Remove entries (REFs) from the queue, unsent.",
+                        ("3e1f7d02",)),
+    "queue move": Command(run_queue_move, QUEUE,
+                          "Hand all waiting runs to another queue file, such as on a stick.",
+                          ("/media/stick/line3.queue",)),
+    "check": Command(run_check, QUEUE, "Is this station set up? The first command on a new one.",
+                     ("",)),
+}
+
+SUMMARY = f"""usage: {PROG} COMMAND [flags]    manual: {PROG} --help
+
+  ls                  list runs            get               show one
+  create              store a run          rm                delete runs
+  update              link uploads         update-metadata   set or delete keys
+  create-attachment   attach a file        attachments       uploads by hand
+  queue               runs that wait       check             is this set up?
+
+first steps: export TOFUPILOT_API_KEY=..., then {PROG} check
+"""
+
+MANUAL = f"""{PROG} {__version__}: the test runs of a TofuPilot server, from one file.
+
+{SUMMARY}
+Each command's help has examples and every flag:  {PROG} ls --help
+The word runs may stand before a command. List flags take several words and may
+be repeated. JSON flags also take @FILE, or - for stdin. A value that begins
+with - needs = before it. Times: ISO 8601 (local without an offset), 24h, now.
+
+every command
+  --json             the server's JSON; errors as JSON on stderr
+  --format FORMAT    table, json, jsonl, csv     --columns id,outcome
+  --out FILE         written beside, replaced at the end
+  -q, -v             IDs only; a line for each request
+  --dry-run          print the requests, send nothing
+  --url URL          the server                  --api-key-file FILE
+  --ca-cert FILE     a private CA                --timeout S, --retries N
+  --allow-http       plain http to another machine
+  --version          version and sha256 of this file, Python, OpenSSL
+
+exit status
+  0  done, or stored in the queue          4  not found
+  1  unexpected: a bug, a disk error       5  the server refused the data
+  2  wrong usage; nothing was sent         6  unavailable: the same again later
+  3  no key, or not allowed               10  --exit-status: it is not PASS
+  130, 143  stopped by Ctrl-C or SIGTERM
+
+environment
+  TOFUPILOT_API_KEY   the key             TOFUPILOT_URL     the server
+  TOFUPILOT_CA_CERT   a private CA        TOFUPILOT_QUEUE   the queue file
+  TOFUPILOT_HOME      else ~/.tofupilot   HTTPS_PROXY, NO_PROXY, NO_COLOR
+
+queue
+  create --queue FILE stores the run first, then sends it: exit 0 is safe
+  whatever the network does. create --offline only stores it. queue send, from
+  cron, sends what waits. queue move FILE hands all to a stick; never copy it.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that fills a command's flags when it is called, and raises what it finds."""
+    fill = None
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.fill:
+            fill, self.fill = self.fill, None
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+    def _get_option_tuples(self, option_string):
+        # no abbreviations; allow_abbrev=False would refuse -qv before 3.8
+        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            meant = closest(value, list(action.choices))
+            raise BadInput(f"there is no command {shown(value, 60)}",
+                           f"did you mean {meant}?" if meant else f"{PROG} --help lists them")
+
+    def error(self, message):
+        raise BadInput(message.replace("argument ", "", 1),
+                       "a value that begins with - needs =, such as --serial-numbers=-A1"
+                       if "expected" in message else f"see {PROG} --help")
+
+
+METAVARS = {"id": "ID", "duration": "DURATION", "time": "TIME", "when": "TIME", "seconds": "S",
+            "record": "JSON", "metadata": "JSON", "object": "JSON", "integer": "N", "limit": "N",
+            "count": "N", "page": "N", "path": "FILE"}
+
+
+def add_flags(parser, fields):
+    """The flags of a table's rows, in groups. A flag that is not given is not in the result."""
+    groups = {}
+    for field in fields:
+        if field.group not in groups:
+            groups[field.group] = parser.add_argument_group(field.group)
+        name, more = flag(field.name), {"default": argparse.SUPPRESS, "dest": field.name}
+        if field.kind == "flag":
+            more["action"] = "store_true"
+        elif field.kind == "boolean":
+            more.update(nargs="?", const="true", metavar="true|false")
+        else:
+            more["metavar"] = METAVARS.get(field.kind) or (
+                field.name.rstrip("s").rpartition("_")[2].upper())
+            if field.many and not field.fields:
+                more.update(nargs="+", action="append")
+        text = field.help + (": " + " ".join(field.choices) if field.choices else "")
+        text += f"; e.g. {field.example}" if field.example and more.get("nargs") != "?" else ""
+        groups[field.group].add_argument(name, help=text.replace("%", "%%"), **more)
+        if more.get("nargs") == "+" and name.endswith("s"):     # the singular, accepted in silence
+            parser.add_argument(name[:-1], **dict(more, help=argparse.SUPPRESS))
+
+
+def add_commands(parser, prefix, names):
+    """Subparsers, each with a function that gives it its flags, or its own subparsers, when used."""
+    tree = parser.add_subparsers(dest=prefix + "word", metavar="COMMAND", parser_class=Parser)
+    for name in names:
+        path = prefix + name
+        made = tree.add_parser(name, add_help=False, usage=f"{PROG} {path} [flags]",
+                               formatter_class=help_format)
+        made.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+        if path in COMMANDS:
+            made.set_defaults(entry=path)
+            made.fill = lambda parser, path=path: fill(parser, path)
+        elif name == "runs":
+            made.fill = lambda parser: add_commands(parser, "", [
+                key for key in COMMANDS if " " not in key and key != "check"])
+        else:
+            made.fill = lambda parser, path=path: add_commands(parser, path + " ", [
+                key.split()[1] for key in COMMANDS if key.startswith(path + " ")])
+
+
+def help_format(prog):
+    import shutil
+    return argparse.RawDescriptionHelpFormatter(
+        prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns) - 1)
+
+
+def fill(parser, path):
+    command = COMMANDS[path]
+    parser.description = f"{command.summary}\n\n" + "\n".join(
+        f"  {PROG} {path} {line}" for line in command.examples)
+    add_flags(parser, command.fields + GLOBAL)
+
+
+def parse(argv):
+    """(command's name, its flags, its plain words) of a command line; BadInput for what is wrong."""
+    root = Parser(prog=PROG, add_help=False)
+    root.format_help = lambda: MANUAL
+    root.add_argument("-h", "--help", action="help")
+    add_flags(root, GLOBAL)
+    add_commands(root, "", dict.fromkeys(["runs"] + [key.split()[0] for key in COMMANDS]))
+    args, words = root.parse_known_args(argv)
+    name = getattr(args, "entry", None)
+    for word in words:
+        if word.startswith("-") and word != "-":
+            word = word.partition("=")[0]
+            known = {flag(field.name): field
+                     for field in (COMMANDS[name].fields if name else ()) + GLOBAL}
+            meant = closest(word, list(known))
+            raise BadInput(f"unknown option {word[:60]}",
+                           f"did you mean {meant}? Example: {name or ''} {meant} "
+                           f"{known[meant].example}".rstrip() if meant
+                           else f"{PROG} {name or ''} --help lists them")
+    if not name:
+        inner = [key for key in COMMANDS if key.startswith(f"{getattr(args, 'word', None)} ")]
+        raise BadInput("a command is missing", "one of: " + ", ".join(
+            inner or [key for key in COMMANDS if " " not in key]))
+    if words and not name.startswith("queue "):
+        raise BadInput(f"unexpected word {words[0][:60]}", "values follow their flag")
+    return name, args, words
+
+
+def execute(argv):
+    """Runs a command line and writes its result. Returns the exit status."""
+    if argv[:1] == ["help"]:
+        argv = argv[1:] + ["--help"]
+    if argv == ["--help"] or argv == ["-h"] or argv == ["--version"]:
+        sys.stdout.write(version_text() if argv == ["--version"] else MANUAL)
+        return 0
+    if not argv:
+        sys.stderr.write(SUMMARY)
+        return 2
+    name, args, words = parse(argv)
+    call = Call(args, words, COMMANDS[name].fields + GLOBAL)
+    out, columns = call.get("out"), call.get("columns")
+    columns = [path.strip() for path in columns.split(",")] if columns else None
+    try:
+        result = COMMANDS[name].run(call)
+        if call.get("dry_run"):
+            result = Result(lines=[dump_json(request) for request in call.planned])
+            call.format, call.quiet, columns = "table", False, None
+        if out:
+            write_file(out, result, call.format, columns, call.quiet)
+        else:
+            Screen(sys.stdout, call.format, columns, call.quiet).write(result)
+    except (OSError, Error, KeyboardInterrupt):
+        if not call.durable:    # a run that is stored stays stored: exit 0, whatever comes
+            raise
+        drop_stdout()
+        return 0
+    finally:
+        call.clients.close()
+    return result.status
+
+
+def write_file(path, result, *how):
+    """Writes beside the file and renames at the end: what fails leaves the old file."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            Screen(file, *how).write(result)
+        replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def drop_stdout():
+    """What is still to be written to stdout goes nowhere: it is closed, or its disk is full."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def prepare_streams():
+    """stdout and stderr that exist and never fail on a character."""
+    import io
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        elif hasattr(stream, "buffer"):
+            setattr(sys, name, io.TextIOWrapper(stream.buffer, stream.encoding,
+                                                "backslashreplace", line_buffering=True))
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    import errno
+    import signal
+    prepare_streams()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if sys.version_info < (3, 7):       # without a locale it reads argv as ASCII
+        argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in argv]
+
+    def terminated(*_):
+        raise Terminated
+    with contextlib.suppress(ValueError):       # not in the main thread
+        signal.signal(signal.SIGTERM, terminated)
+    try:
+        status = execute(argv)
+        sys.stdout.flush()
+        return status
+    except SystemExit as ended:         # argparse, after its help
+        return ended.code or 0
+    except KeyboardInterrupt as error:
+        failure = Stopped("stopped by " + ("SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"))
+        failure.exit_code = 143 if isinstance(error, Terminated) else 130
+    except OSError as error:
+        drop_stdout()
+        if error.errno in (errno.EPIPE, errno.EINVAL):
+            return 0        # whoever read the output has what they wanted
+        failure = Error(f"cannot write: {error}", "make room, or check the path")
+    except Error as error:
+        failure = error
+    except Exception as error:
+        trace = error.__traceback__
+        while trace.tb_next:
+            trace = trace.tb_next
+        failure = Error(f"unexpected {type(error).__name__}: {error} (line {trace.tb_lineno})",
+                        f"this is a bug: report it with the output of {PROG} --version")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        as_json = re.search(r"--json\b|--format[= ]json\b", " ".join(argv))
+        sys.stderr.write((dump_json(failure.as_json()) if as_json else failure.as_text()) + "\n")
+        sys.stderr.flush()
+    return failure.exit_code
+
+
+def leave(status):
+    """Ends the program, also while a thread waits for a server or for DNS."""
+    threading = sys.modules.get("threading")
+    if threading and threading.active_count() > 1:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+# ---- guard ---------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    leave(main())
