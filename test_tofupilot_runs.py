@@ -4365,6 +4365,49 @@ class TestTrials(unittest.TestCase):
         self.assertGreater(refused, 0.5)
 
 
+# ---- tests: README -------------------------------------------------------------------------------
+
+@unittest.skipUnless(shutil.which("bash"), "the recipes are for a shell: bash is missing")
+class Readme(Case):
+    options = {}
+
+    def setUp(self):
+        super().setUp()
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            self.text = file.read()
+
+    def blocks(self, kind):
+        return re.findall(rf"^```{kind}\n(.*?)^```$", self.text, re.M | re.S)
+
+    def test_every_recipe_that_can_run_runs_in_its_order(self):
+        shutil.copy(SCRIPT, self.folder)
+        os.symlink(sys.executable, os.path.join(self.folder, "python3"))
+        blocks = self.blocks("sh") + [
+            f"cat > report.py <<'END'\n{code}END\npython3 -B report.py\n"
+            for code in self.blocks("python")]
+        self.assertGreater(len(blocks), 8)
+        process = subprocess.Popen(["bash", "-e", "-u"], cwd=self.folder, stdin=subprocess.PIPE,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(
+                                       self.env, PATH=f"{self.folder}:{os.environ['PATH']}"))
+        told = process.communicate("\n".join(blocks).encode())[0].decode()
+        self.assertEqual(process.returncode, 0, told)
+        self.assertIn("Created run", told)
+        serials = [row["unit"]["serial_number"] for row in self.ok("ls", "--json").json["data"]]
+        self.assertEqual(sorted(set(serials)), [f"SN-000{number}" for number in range(1, 6)])
+        with open(os.path.join(self.folder, "evidence", "log.txt")) as file:
+            self.assertEqual(file.read(), "tx_power 17.1 dBm\n")
+
+    def test_the_reference_names_every_flag_and_the_page_stays_short(self):
+        for name, command in runs.COMMANDS.items():
+            row = re.search(rf"^\| `{name}` \|.*$", self.text, re.M)
+            self.assertIsNotNone(row, name)
+            for field in command.fields:
+                self.assertIn(f"`{runs.flag(field.name)}`", row.group(), name)
+        for field in runs.GLOBAL:
+            self.assertIn(f"| `{runs.flag(field.name)}", self.text)
+        self.assertLess(len(self.text.splitlines()), 400)
+
+
 # ---- demo and bench ------------------------------------------------------------------------------
 
 DEMO = """
@@ -4455,22 +4498,27 @@ class Bench:
 def bench_start(bench, peer):
     def python(code):
         return [sys.executable, "-c", code]
-    unique = iter(range(10 ** 6))
-    create = list(CREATE)
-    create[create.index("SN-0001")] = f"B-{next(unique)}"
+    create, folder = list(CREATE), bench.folder
+    shutil.copy(SCRIPT, folder)
+    bench.environment.update(PYTHONPATH=folder)
+    bench.environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    module = [sys.executable, "-m", "tofupilot_runs"]
     floor = "import argparse, json"
     bench.pair("--help / argparse, json", 1.6, bench.script("--help"), python(floor))
     bench.pair("ls --help / the same", 2.0, bench.script("ls", "--help"), python(floor))
     bench.pair("create --offline / with sqlite3", 1.8, bench.script(*(create + ["--offline"])),
                python(floor + ", sqlite3"))
+    bench.pair("python3 -m, --help / argparse, json", 1.6, module + ["--help"], python(floor))
+    bench.pair("python3 -m, create --offline / with sqlite3", 1.8,
+               module + create + ["--offline"], python(floor + ", sqlite3"))
     bare = (floor + ", os, urllib.request as u; json.load(u.urlopen(u.Request(os.environ['API'] + "
             "'/v2/runs?limit=50', headers={'Authorization': 'Bearer ' + os.environ['KEY']})))")
     bench.pair("ls / one bare request", 1.4, bench.script("ls", "--json"), python(bare))
     bench.pair("create / one bare request", 1.4, bench.script(*create), python(bare))
     if peer:
         bench.pair("one ls / the official SDK", 0.15, bench.script("ls", "--json"), [
-            peer, "-c", "import os; from tofupilot.v2 import TofuPilot; TofuPilot(api_key="
-            "os.environ['KEY'], server_url=os.environ['API']).runs.list(limit=50)"], 5)
+            peer, "-c", "import os; from tofupilot.v2 import TofuPilot; peer = TofuPilot(api_key="
+            "os.environ['KEY'], server_url=os.environ['API']); peer.runs.list(limit=50)"], 5)
 
 
 def bench_pages(bench, peer):
@@ -4479,10 +4527,10 @@ def bench_pages(bench, peer):
         bench.memory(f"ls --all, 100,000 runs, {form}: memory", 40,
                      bench.script("ls", "--all", "--format", form))
     if peer:
-        loop = ("import os; from tofupilot.v2 import TofuPilot\nruns = TofuPilot(api_key="
-                "os.environ['KEY'], server_url=os.environ['API']).runs\ncursor = 0\n"
+        loop = ("import os; from tofupilot.v2 import TofuPilot\npeer = TofuPilot(api_key="
+                "os.environ['KEY'], server_url=os.environ['API'])\ncursor = 0\n"
                 "while cursor is not None and cursor < 20000:\n"
-                "    cursor = runs.list(limit=100, cursor=cursor).meta.next_cursor\n")
+                "    cursor = peer.runs.list(limit=100, cursor=cursor).meta.next_cursor\n")
         bench.pair("ls of 20,000 runs / the official SDK's loop", 0.25,
                    bench.script("ls", "--limit", "20000", "--json"), [peer, "-c", loop], 1)
 
@@ -4508,7 +4556,6 @@ def bench_files(bench):
 
 def bench_queue(bench, count=10000):
     """queue send against a bare keep-alive loop of the same POSTs, in runs a second."""
-    runs = load_script()
     queue = os.path.join(bench.folder, "many.queue")
     bodies = [runs.with_ref(runs.check("create", {
         "outcome": "PASS", "procedure_id": "proc_abc", "serial_number": f"Q-{number}",
