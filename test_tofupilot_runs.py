@@ -5,7 +5,14 @@ The sandbox is a strict local server that behaves like the TofuPilot v2 REST API
 attachments. It needs nothing but Python 3.6 or newer, keeps its data in one SQLite database, and
 can be read to learn the API: schema has the fields and parameters of each operation and what get
 makes of them, store what each operation does, http the routes, the order of the checks, the error
-bodies, the storage behind upload URLs, and faults. `serve` runs it until Ctrl-C.
+bodies, the storage behind upload URLs, and faults.
+
+    python3 test_tofupilot_runs.py                  the tests, a process for each class of them
+    python3 test_tofupilot_runs.py test CLASS ...   some of them
+    python3 test_tofupilot_runs.py serve --help     the sandbox, until Ctrl-C
+    python3 test_tofupilot_runs.py demo             each subcommand against a sandbox
+    python3 test_tofupilot_runs.py trials --help    random kills and faults, 10,000 of them
+    python3 test_tofupilot_runs.py bench            the figures of the README
 """
 import argparse
 import collections
@@ -1339,7 +1346,11 @@ class Case(unittest.TestCase):
         """Runs the script to its end -> Ran. `input`: bytes for stdin."""
         data = more.pop("input", b"")
         with self.start(*args, **more) as process:
-            out, err = process.communicate(data, 60)
+            try:
+                out, err = process.communicate(data, 60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
         return Ran(process.returncode, (out or b"").decode("utf-8", "replace"),
                    err.decode("utf-8", "replace"))
 
@@ -4275,7 +4286,8 @@ class Trial:
 
 def trials(argv):
     """Kills at random: half of them with a server that knows client_run_ref, half without."""
-    parser = argparse.ArgumentParser(prog="test_tofupilot_runs.py trials", description=__doc__)
+    parser = argparse.ArgumentParser(prog="test_tofupilot_runs.py trials",
+                                     description=trials.__doc__)
     parser.add_argument("--kills", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=60, help="end after so long at the latest")
