@@ -23,7 +23,6 @@ which a command flows; each uses only those above it:
 """
 f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
 
-import argparse
 import collections
 import contextlib
 import datetime
@@ -46,6 +45,7 @@ PATIENCE = 60               # seconds that the waits of one direct command may a
 CONNECT = 10                # seconds for each address of a host
 LONGEST_WAIT = 3600         # seconds between two tries, in the queue too
 UPLOAD_WINDOW = 45          # seconds in which a PUT must begin: upload URLs live 60
+AGAIN = "run the same command again later: it is safe"
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -335,13 +335,12 @@ def parse_word(text):
     >>> [parse_word(word) for word in ("12", "1.10", "true", "null", "A", "007", '"1.1"')]
     [12, '1.10', True, None, 'A', '007', '1.1']
     """
-    try:
+    with contextlib.suppress(ValueError):
         value = load_json(text)
-    except ValueError:
-        return text
-    same = isinstance(value, str) or not isinstance(value, (dict, list)) and (
-        dump_json(value) == text)
-    return value if same else text
+        if isinstance(value, str) or not isinstance(value, (dict, list)) and (
+                dump_json(value) == text):
+            return value
+    return text
 
 
 def dig(value, path):
@@ -359,16 +358,14 @@ def dicts(value):
 def closest(word, known):
     """The known word that was meant, or None. difflib misses some that are common."""
     import difflib
-    usual = {"list": "ls", "delete": "rm", "remove": "rm", "show": "get", "add": "create",
-             "upload": "create-attachment", "attach": "create-attachment", "status": "check",
-             "--serial": "--serial-number", "--part": "--part-number", "--batch": "--batch-number",
-             "--since": "--started-after", "--after": "--started-after",
-             "--before": "--started-before", "--until": "--started-before",
-             "--procedure": "--procedure-id", "--station": "--created-by-station-id",
-             "--user": "--created-by-user-id", "--operator": "--operated-by", "--id": "--id",
-             "--key": "--api-key-file", "--api-key": "--api-key-file", "--sort": "--sort-by",
-             "--output": "--out", "--file": "--attach", "--start": "--started-at",
-             "--end": "--ended-at", "--host": "--url", "--server": "--url"}.get(word, "")
+    usual = dict(pair.split("=") for pair in """list=ls delete=rm remove=rm show=get add=create
+        upload=create-attachment attach=create-attachment status=check --serial=--serial-number
+        --part=--part-number --batch=--batch-number --since=--started-after --id=--id
+        --after=--started-after --before=--started-before --until=--started-before
+        --procedure=--procedure-id --station=--created-by-station-id --user=--created-by-user-id
+        --operator=--operated-by --key=--api-key-file --api-key=--api-key-file --sort=--sort-by
+        --output=--out --file=--attach --start=--started-at --end=--ended-at --host=--url
+        --server=--url""".split()).get(word, "")
     for guess in (usual, usual + "s", usual + "-ids"):
         if guess in known:
             return guess
@@ -378,160 +375,156 @@ def closest(word, known):
 # ---- fields --------------------------------------------------------------------------------------
 #
 # One row for each field of a request: it makes the flag, its help, the module's keyword argument,
-# the check and the place in the request. A row is ("name kind", help, example, choices or nested
-# rows). After the kind: * a list, ! required, ? null is allowed. Groups are titles of the help.
+# the check and the place in the request. A row is "name kind choices | help | example"; rows stand
+# on lines below the title of their group in the help, short ones on one line with / between. After
+# the kind: * a list, ! required, ? null is allowed.
 
-Field = collections.namedtuple("Field", "name kind many need null group help example choices fields")
-Operation = collections.namedtuple("Operation", "method path fields")
-
-RUN_OUTCOMES = ("PASS", "FAIL", "ERROR", "TIMEOUT", "ABORTED")
-_CHECKED = ("PASS", "FAIL", "UNSET")
+Field = collections.namedtuple(
+    "Field", "name kind many need null group help example choices fields")
+Operation = collections.namedtuple("Operation", "method path fields answers")
 
 
-def _table(*groups):
-    """Rows as Fields. Each group is (title, row, row, ...)."""
-    fields = []
-    for title, *rows in groups:
-        for spec, *rest in rows:
-            name, kind = spec.split()
-            word = kind.rstrip("*!?")
-            help, example, more = rest + ["", "", ()][len(rest):]
-            nested = bool(more) and isinstance(more[0], Field)
-            fields.append(Field(name, word, "*" in kind, "!" in kind, "?" in kind, title, help,
-                                example, () if nested else more, more if nested else ()))
+def _table(text, **nested):
+    """The Fields of a text; `nested` are those of its records."""
+    fields, title = [], ""
+    for row in text.replace(" / ", "\n").split("\n"):
+        if row.endswith(":"):
+            title = row[:-1]
+        elif row:
+            spec, help, example = (row.split(" | ") + ["", ""])[:3]
+            name, kind, *choices = spec.split()
+            fields.append(Field(name, kind.rstrip("*!?"), "*" in kind, "!" in kind, "?" in kind,
+                                title, help, example, tuple(choices), nested.get(name, ())))
     return tuple(fields)
 
 
-ID = _table(("which run", ("id id!", "the run's ID", "run_abc123")))
-NAME = _table(("file", ("name name!", "file name with its extension, up to 255 characters",
-                        "report.pdf")))
+ID = _table("which run: / id id! | the run's ID | run_abc123")
+NAME = _table(
+    "file: / name name! | file name with its extension, up to 255 characters | report.pdf")
+LIST = _table("""
+which runs:
+  search_query text | part of a serial number, or the beginning of a run ID | PCB01
+  ids id* | run IDs, or @FILE or - with one a line | run_abc run_def
+  outcomes enum* PASS FAIL ERROR TIMEOUT ABORTED | results | FAIL ERROR
+  procedure_ids id* | procedure IDs | proc_abc
+  procedure_versions text* | version tags of procedures | 1.2.3
+  deployment_ids id* | deployments that the runs came from | dep_abc
+  environments enum* production preview development | environments of those deployments | production
+  execution_ids text* | executions of several slots | exec-7f3a
+  slot_keys text* | keys of fixture slots | slot-1
+  slot_names text* | names of fixture slots | 'Left nest'
+unit:
+  serial_numbers serial* | serial numbers, or @FILE or - with one a line | SN-0001 SN-0002
+  samples enum* production golden failing ignored | kinds of unit | golden
+  part_numbers text* | part numbers | PCB01
+  revision_numbers text* | revisions | B
+  batch_numbers text* | batches | 2026-W20
+when:
+  duration_min duration | at least this long: 90s, 1h30m or PT1M30S | 90s
+  duration_max duration | at most this long | 5m
+  started_after when | started at or after: ISO 8601, 24h ago, now | 24h
+  started_before when | started at or before | 2026-05-19
+  ended_after when | ended at or after | 2026-05-19T08:00:00+02:00
+  ended_before when | ended at or before | 2026-05-19T16:00
+  created_after when | stored on the server at or after | 7d
+  created_before when | stored on the server at or before | now
+who:
+  created_by_user_ids id* | users who uploaded | user_abc
+  created_by_station_ids id* | stations that uploaded | station_abc
+  operated_by_ids id* | operators with an account | user_abc
+  operated_by_names text* | names of operators | 'Night shift'
+metadata:
+  metadata object | JSON: key, then in or contains (text), gte lte gt lt eq (number), eq (true, \
+false) | '{"shift":{"in":["A"]}}'
+  include_metadata boolean | metadata in each row | --include-metadata
+  include_sequences boolean | sequences in each row | --include-sequences
+page and order:
+  limit limit | rows wanted (50 if not given) | 200
+  cursor integer | number of rows to leave out first | 100
+  sort_by enum started_at created_at duration outcome serial_number part_number revision_number | \
+order by (started_at if not given) | duration
+  sort_order enum asc desc | direction (desc if not given) | asc
+""")
 
-LIST = _table(
-    ("which runs",
-     ("search_query text", "part of a serial number, or the beginning of a run ID", "PCB01"),
-     ("ids id*", "run IDs, or @FILE or - with one a line", "run_abc run_def"),
-     ("outcomes enum*", "results", "FAIL ERROR", RUN_OUTCOMES),
-     ("procedure_ids id*", "procedure IDs", "proc_abc"),
-     ("procedure_versions text*", "version tags of procedures", "1.2.3"),
-     ("deployment_ids id*", "deployments that the runs came from", "dep_abc"),
-     ("environments enum*", "environments of those deployments", "production",
-      ("production", "preview", "development")),
-     ("execution_ids text*", "executions of several slots", "exec-7f3a"),
-     ("slot_keys text*", "keys of fixture slots", "slot-1"),
-     ("slot_names text*", "names of fixture slots", "'Left nest'")),
-    ("unit",
-     ("serial_numbers serial*", "serial numbers, or @FILE or - with one a line", "SN-0001 SN-0002"),
-     ("samples enum*", "kinds of unit", "golden", ("production", "golden", "failing", "ignored")),
-     ("part_numbers text*", "part numbers", "PCB01"),
-     ("revision_numbers text*", "revisions", "B"),
-     ("batch_numbers text*", "batches", "2026-W20")),
-    ("when",
-     ("duration_min duration", "at least this long: 90s, 1h30m or PT1M30S", "90s"),
-     ("duration_max duration", "at most this long", "5m"),
-     ("started_after when", "started at or after: ISO 8601, 24h ago, now", "24h"),
-     ("started_before when", "started at or before", "2026-05-19"),
-     ("ended_after when", "ended at or after", "2026-05-19T08:00:00+02:00"),
-     ("ended_before when", "ended at or before", "2026-05-19T16:00"),
-     ("created_after when", "stored on the server at or after", "7d"),
-     ("created_before when", "stored on the server at or before", "now")),
-    ("who",
-     ("created_by_user_ids id*", "users who uploaded", "user_abc"),
-     ("created_by_station_ids id*", "stations that uploaded", "station_abc"),
-     ("operated_by_ids id*", "operators with an account", "user_abc"),
-     ("operated_by_names text*", "names of operators", "'Night shift'")),
-    ("metadata",
-     ("metadata object", "JSON: key, then in or contains (text), gte lte gt lt eq (number), "
-      "eq (true, false)", "'{\"shift\":{\"in\":[\"A\"]}}'"),
-     ("include_metadata boolean", "metadata in each row", "--include-metadata"),
-     ("include_sequences boolean", "sequences in each row", "--include-sequences")),
-    ("page and order",
-     ("limit limit", "rows wanted (50 if not given)", "200"),
-     ("cursor integer", "number of rows to leave out first", "100"),
-     ("sort_by enum", "order by (started_at if not given)", "duration",
-      ("started_at", "created_at", "duration", "outcome", "serial_number", "part_number",
-       "revision_number")),
-     ("sort_order enum", "direction (desc if not given)", "asc", ("asc", "desc"))))
+_JUDGED = {"validators": _table(
+    "outcome enum? PASS FAIL UNSET / operator text? / expected_value any? / expression text? / "
+    "is_decisive boolean?")}
+_JUDGED["aggregations"] = _table(
+    "type text! / outcome enum? PASS FAIL UNSET / value scalar? / unit text? / validators record*?",
+    **_JUDGED)
+_AXIS = _table("data number*! / units text? / name text? / description text? / "
+               "validators record*? / aggregations record*?", **_JUDGED)
+_MEASUREMENT = _table(
+    "name text! / outcome enum! PASS FAIL UNSET / measured_value any? / units units? / "
+    "x_axis record? / y_axis record*? / lower_limit number / upper_limit number / "
+    "validators record*? / aggregations record*? / docstring text?",
+    x_axis=_AXIS, y_axis=_AXIS, **_JUDGED)
+_PHASE = _table(
+    "name text! / outcome enum! PASS FAIL SKIP ERROR / started_at time! / ended_at time! / "
+    "docstring text? / measurements record*? / retry_count count / sequence_path text?",
+    measurements=_MEASUREMENT)
+_SEQUENCE = _table(
+    "path text! / name text! / outcome enum! PASS FAIL ERROR TIMEOUT ABORTED SKIP / source text? / "
+    "started_at time? / ended_at time?")
+_LOG = _table("level enum! DEBUG INFO WARNING ERROR CRITICAL / timestamp time! / message text! / "
+              "source_file text! / line_number integer!")
+_VARIABLE = ("key text! / variable_id text? / version integer? / "
+             "source enum default shell dotenv process station procedure organization")
 
-_VALIDATOR = _table(("", ("outcome enum?", "", "", _CHECKED), ("operator text?",),
-                     ("expected_value any?",), ("expression text?",), ("is_decisive boolean?",)))
-_AGGREGATION = _table(("", ("type text!",), ("outcome enum?", "", "", _CHECKED),
-                       ("value scalar?",), ("unit text?",), ("validators record*?", "", "",
-                                                             _VALIDATOR)))
-_JUDGED = (("validators record*?", "", "", _VALIDATOR),
-           ("aggregations record*?", "", "", _AGGREGATION))
-_AXIS = _table(("", ("data number*!",), ("units text?",), ("name text?",), ("description text?",),
-                *_JUDGED))
-_MEASUREMENT = _table(("", ("name text!",), ("outcome enum!", "", "", _CHECKED),
-                       ("measured_value any?",), ("units units?",), ("x_axis record?", "", "", _AXIS),
-                       ("y_axis record*?", "", "", _AXIS), ("lower_limit number",),
-                       ("upper_limit number",), *_JUDGED, ("docstring text?",)))
-_PHASE = _table(("", ("name text!",), ("outcome enum!", "", "", ("PASS", "FAIL", "SKIP", "ERROR")),
-                 ("started_at time!",), ("ended_at time!",), ("docstring text?",),
-                 ("measurements record*?", "", "", _MEASUREMENT), ("retry_count count",),
-                 ("sequence_path text?",)))
-_SEQUENCE = _table(("", ("path text!",), ("name text!",),
-                    ("outcome enum!", "", "", RUN_OUTCOMES + ("SKIP",)), ("source text?",),
-                    ("started_at time?",), ("ended_at time?",)))
-_LOG = _table(("", ("level enum!", "", "", ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")),
-               ("timestamp time!",), ("message text!",), ("source_file text!",),
-               ("line_number integer!",)))
-_VARIABLE = (("key text!",), ("variable_id text?",), ("version integer?",),
-             ("source enum", "", "", ("default", "shell", "dotenv", "process", "station",
-                                      "procedure", "organization")))
-_CONFIG = _table(("", ("value scalar!",), *_VARIABLE))
-_SECRET = _table(("", *_VARIABLE))
+CREATE = _table("""
+which run:
+  outcome enum! PASS FAIL ERROR TIMEOUT ABORTED | result | PASS
+  procedure_id id! | the procedure | proc_abc
+  procedure_version identifier? | its version tag, made when missing | 1.2.3
+  deployment_id id? | the deployment it ran from | dep_abc
+  execution_id text? | joins the runs of several slots | exec-7f3a
+  slot_key text? | fixture slot, needs --execution-id | slot-1
+  slot_name text? | its name, needs --slot-key | 'Left nest'
+  client_run_ref text | your own reference instead of the one made from the content; the same \
+reference is the same run | station7-000042
+unit:
+  serial_number identifier! | the unit under test, made when missing | SN-0001
+  part_number identifier | its part, where the serial number does not tell | PCB01
+  revision_number identifier | its revision | B
+  batch_number identifier | its batch | 2026-W20
+  sub_units identifier* | serial numbers of the units inside | PSU-1 FAN-2
+when:
+  started_at time! | begin: ISO 8601; without offset it is local | 2026-05-19T08:00:00Z
+  ended_at time! | end, not before the begin | 2026-05-19T08:00:42Z
+who:
+  operated_by text | operator: an e-mail address or a name | ada@example.com
+content:
+  docstring text | a note | 'second try'
+  phases record* | JSON list of phases with measurements | @phases.json
+  sequences record*? | JSON list of sequence calls | @sequences.json
+  logs record* | JSON list of log lines | @logs.json
+  config record* | JSON list of configuration values used | @config.json
+  secrets record* | JSON list of secrets used, never their values | @secrets.json
+metadata:
+  metadata metadata | JSON object, up to 50 keys | '{"shift":"A","temp":23.4}'
+  unit_metadata metadata | the same, for the unit | @unit.json
+""", phases=_PHASE, sequences=_SEQUENCE, logs=_LOG, secrets=_table(_VARIABLE),
+                config=_table("value scalar! / " + _VARIABLE))
 
-CREATE = _table(
-    ("which run",
-     ("outcome enum!", "result", "PASS", RUN_OUTCOMES),
-     ("procedure_id id!", "the procedure", "proc_abc"),
-     ("procedure_version identifier?", "its version tag, made when missing", "1.2.3"),
-     ("deployment_id id?", "the deployment it ran from", "dep_abc"),
-     ("execution_id text?", "joins the runs of several slots", "exec-7f3a"),
-     ("slot_key text?", "fixture slot, needs --execution-id", "slot-1"),
-     ("slot_name text?", "its name, needs --slot-key", "'Left nest'"),
-     ("client_run_ref text", "your own reference instead of the one made from the content; the "
-      "same reference is the same run", "station7-000042")),
-    ("unit",
-     ("serial_number identifier!", "the unit under test, made when missing", "SN-0001"),
-     ("part_number identifier", "its part, where the serial number does not tell", "PCB01"),
-     ("revision_number identifier", "its revision", "B"),
-     ("batch_number identifier", "its batch", "2026-W20"),
-     ("sub_units identifier*", "serial numbers of the units inside", "PSU-1 FAN-2")),
-    ("when",
-     ("started_at time!", "begin: ISO 8601; without offset it is local", "2026-05-19T08:00:00Z"),
-     ("ended_at time!", "end, not before the begin", "2026-05-19T08:00:42Z")),
-    ("who",
-     ("operated_by text", "operator: an e-mail address or a name", "ada@example.com")),
-    ("content",
-     ("docstring text", "a note", "'second try'"),
-     ("phases record*", "JSON list of phases with measurements", "@phases.json", _PHASE),
-     ("sequences record*?", "JSON list of sequence calls", "@sequences.json", _SEQUENCE),
-     ("logs record*", "JSON list of log lines", "@logs.json", _LOG),
-     ("config record*", "JSON list of configuration values used", "@config.json", _CONFIG),
-     ("secrets record*", "JSON list of secrets used, never their values", "@secrets.json",
-      _SECRET)),
-    ("metadata",
-     ("metadata metadata", "JSON object, up to 50 keys", "'{\"shift\":\"A\",\"temp\":23.4}'"),
-     ("unit_metadata metadata", "the same, for the unit", "@unit.json")))
-
-OPERATIONS = {
-    "list": Operation("GET", "/v2/runs", LIST),
-    "get": Operation("GET", "/v2/runs/{id}", ID),
-    "create": Operation("POST", "/v2/runs", CREATE),
+OPERATIONS = {      # the last: texts that an answer must hold
+    "list": Operation("GET", "/v2/runs", LIST, ()),
+    "get": Operation("GET", "/v2/runs/{id}", ID, ("id",)),
+    "create": Operation("POST", "/v2/runs", CREATE, ("id",)),
     "update": Operation("PATCH", "/v2/runs/{id}", ID + _table(
-        ("files", ("attachments id*", "IDs of uploads to link", "att_1 att_2")))),
+        "files: / attachments id* | IDs of uploads to link | att_1 att_2"), ("id",)),
     "update_metadata": Operation("PATCH", "/v2/runs/{id}/metadata", ID + _table(
-        ("metadata", ("metadata metadata", "JSON object; null deletes a key",
-                      "'{\"shift\":\"A\",\"lot\":null}'")))),
-    "create_attachment": Operation("POST", "/v2/runs/{id}/attachments", ID + NAME),
+        """metadata: / metadata metadata | JSON object; null deletes a key \
+| '{"shift":"A","lot":null}'"""), ("id",)),
+    "create_attachment": Operation("POST", "/v2/runs/{id}/attachments", ID + NAME,
+                                   ("id", "upload_url")),
     "delete": Operation("DELETE", "/v2/runs", _table(
-        ("which runs", ("ids id*!", "run IDs, or @FILE or - with one a line", "run_a run_b")))),
-    "initialize": Operation("POST", "/v2/attachments", NAME),
+        "which runs: / ids id*! | run IDs, or @FILE or - with one a line | run_a run_b"), ()),
+    "initialize": Operation("POST", "/v2/attachments", NAME, ("id", "upload_url")),
     "finalize": Operation("POST", "/v2/attachments/{id}/finalize", _table(
-        ("which upload", ("id id!", "the upload's ID", "att_1")))),
-    "whoami": Operation("GET", "/v2/whoami", ()),
+        "which upload: / id id! | the upload's ID | att_1"), ("url",)),
+    "whoami": Operation("GET", "/v2/whoami", (), ()),
 }
+
 
 def flag(name):
     """--serial-number for serial_number, -v for v."""
@@ -543,11 +536,15 @@ def must(holds, why):
         raise ValueError(why)
 
 
+_TEXT = ("text", "serial", "id", "identifier", "name", "enum", "time", "when", "duration")
+_BOUNDS = {"integer": (-math.inf, math.inf), "count": (0, math.inf), "limit": (1, math.inf),
+           "page": (1, 100)}
+
+
 def check_value(field, value):
     """One value as the API takes it; ValueError says what is wrong with it."""
     kind = field.kind
-    if kind in ("text", "serial", "id", "identifier", "name", "enum", "time", "when", "duration"):
-        must(isinstance(value, str), "must be text")
+    must(isinstance(value, str) or kind not in _TEXT, "must be text")
     if kind == "id":
         must(value.strip() not in ("", ".", ".."), f"{value!r} is no ID" if value else "is empty")
     elif kind == "identifier":
@@ -556,7 +553,7 @@ def check_value(field, value):
         wrong = " ".join(sorted(map(repr, set(re.sub(_IDENTIFIER, "", value)))))
         must(not wrong, f"the server takes letters, digits and _ . : + - only, not {wrong}")
     elif kind == "path":
-        value = local_path(value)
+        return local_path(value)
     elif kind == "name":
         must(1 <= len(value) <= 255, "must have 1 to 255 characters")
     elif kind == "enum":
@@ -565,20 +562,17 @@ def check_value(field, value):
         must(meant is False, f"{value[:60]!r} is not one of {' '.join(field.choices)}"
              + (f"; did you mean {words[meant]}?" if meant else ""))
         value = words[value.strip().lower()]
-    elif kind == "when":
-        value = parse_time(value, datetime.datetime.now().astimezone())
-    elif kind == "time":
-        value = parse_time(value)
+    elif kind in ("time", "when"):
+        value = parse_time(value, datetime.datetime.now().astimezone() if kind == "when" else None)
     elif kind == "duration":
         value = parse_duration(value)
-    elif kind in ("integer", "count", "limit", "page"):
+    elif kind in _BOUNDS:
         if isinstance(value, str) and re.fullmatch("-?[0-9]{1,15}", value.strip()):
             value = int(value)
         must(isinstance(value, int) and not isinstance(value, bool), "must be a whole number")
-        least, most = {"count": (0, math.inf), "limit": (1, math.inf), "page": (1, 100)}.get(
-            kind, (-math.inf, math.inf))
-        must(least <= value <= most, f"must be {least} " + ("or more" if most == math.inf
-                                                             else f"to {most}"))
+        least, most = _BOUNDS[kind]
+        must(least <= value <= most,
+             f"must be {least} " + ("or more" if most == math.inf else f"to {most}"))
     elif kind == "seconds":
         must(re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value), "must be a number above 0")
         value = float(value)
@@ -595,10 +589,7 @@ def check_value(field, value):
         if kind == "metadata":
             check_metadata(value)
     try:
-        if isinstance(value, str) and kind != "path":
-            value.encode("utf-8")
-        elif kind in ("any", "object", "metadata"):
-            dump_json(value)
+        (value if isinstance(value, str) else dump_json(value)).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
         must(False, "cannot be sent (NaN, Infinity, half a character or an object of Python)")
     return value
@@ -650,7 +641,7 @@ def check_record(fields, value, path, problems):
     return wire
 
 
-_UNKNOWN, = _table(("", ("unknown any?",)))
+_UNKNOWN, = _table("unknown any?")
 
 
 def check_field(field, value, path, problems):
@@ -705,10 +696,10 @@ def check(operation, values, flags=False):
     if len(wire.get("metadata") or ()) > 5 and operation == "list":
         problems.append("metadata: at most 5 keys can be asked for")
     if flags:
-        scalars = {name for name, field in known.items() if not field.fields}
-        problems = [re.sub(r"^(\w+)(\[\d+\])?(?=: )", lambda match: flag(match.group(1)) if (
-            match.group(1) in scalars or not match.group(2)) else match.group(), problem)
-            for problem in problems]
+        def named(match):
+            whole = match.group(2) and known.get(match.group(1), _UNKNOWN).fields
+            return match.group() if whole else flag(match.group(1))
+        problems = [re.sub(r"^(\w+)(\[\d+\])?(?=: )", named, problem) for problem in problems]
     if len(problems) == 1:
         raise BadInput(problems[0], "nothing was sent; correct the value")
     if problems:
@@ -729,7 +720,7 @@ def home():
 
 
 def check_url(raw, allow_http, what):
-    """The parts of an https URL (http where allowed); ValueError for all else, before it is used."""
+    """The parts of an https URL (http where allowed); ValueError for all else, before its use."""
     from urllib.parse import urlsplit
     must(isinstance(raw, str) and re.fullmatch(r"[!-\[\]-~]+", raw),
          f"{what} holds spaces or other characters that no URL has")
@@ -737,7 +728,8 @@ def check_url(raw, allow_http, what):
     must(parts.scheme in ("https", "http") and parts.hostname, f"{what} must begin with https://")
     must("@" not in parts.netloc, f"{what} must not hold a user name or password")
     must(parts.port != 0, f"{what} has no such port")      # and raises where it is no number
-    must(parts.scheme == "https" or allow_http or parts.hostname in ("localhost", "127.0.0.1", "::1"),
+    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+    must(parts.scheme == "https" or allow_http or here,
          f"{what} is plain http: others can read the key on the way.\n"
          "Use https, or --allow-http where the network is trusted")
     return parts
@@ -807,7 +799,7 @@ def find_login(url=None, api_key=None, source="api_key", allow_http=False, warn=
 
 # ---- transport -----------------------------------------------------------------------------------
 
-Request = collections.namedtuple("Request", "method path query body")
+Request = collections.namedtuple("Request", "method path query body answers")
 Answer = collections.namedtuple("Answer", "status headers data")
 
 
@@ -835,7 +827,7 @@ class Transport:
         while self.kept:
             self.kept.popitem()[1].close()
         if self.watchdog:
-            self.watchdog.close()
+            self.watchdog.ended.set()
             self.watchdog = None
 
     def make_context(self):
@@ -858,13 +850,11 @@ class Transport:
 
     def connect(self, request, proxy_login):
         import http.client
-        timeout = min(CONNECT, request.timeout)
+        kind, more = http.client.HTTPConnection, {}
         if request.type == "https":
             self.context = self.context or self.make_context()
-            connection = http.client.HTTPSConnection(request.host, timeout=timeout,
-                                                     context=self.context)
-        else:
-            connection = http.client.HTTPConnection(request.host, timeout=timeout)
+            kind, more = http.client.HTTPSConnection, {"context": self.context}
+        connection = kind(request.host, timeout=min(CONNECT, request.timeout), **more)
         try:
             if request._tunnel_host:
                 connection.set_tunnel(request._tunnel_host, headers={
@@ -933,7 +923,7 @@ class Transport:
                 if not (stale and resend and first):     # else the server had closed it meanwhile
                     raise lost(request, error, stale) from None
             finally:
-                self.watchdog.stop()
+                self.watchdog.until = math.inf
                 getattr(request.content, "close", lambda: None)()
                 if self.trace:
                     shows = url if url.split("?")[0].endswith("/v2/runs") else url.split("?")[0]
@@ -947,18 +937,13 @@ class Transport:
                 raise not_the_api(request.full_url, response.status, "an encoding not asked for")
             limit = ANSWER_LIMIT if response.status < 300 else ERROR_LIMIT
             pieces, size, sink = [], 0, sink if response.status == 200 else None
-            while True:     # in blocks: before 3.12 read(n) takes n bytes of memory at once
-                block = response.read(BLOCK)
-                if not block:
-                    break
+            # in blocks: before 3.12 read(n) takes n bytes of memory at once
+            for block in iter(lambda: response.read(BLOCK), b""):
                 size += len(block)
-                if sink:
-                    sink(block)
-                elif size > limit:
+                if not sink and size > limit:
                     raise not_the_api(request.full_url, response.status,
                                       f"more than {limit >> 10} KiB")
-                else:
-                    pieces.append(block)
+                (sink or pieces.append)(block)
             if response.length or self.watchdog.late:       # a cut body raises nothing
                 raise EOFError
             (response.drop if response.will_close else response.keep)()
@@ -973,40 +958,22 @@ class Transport:
 
 
 class Watchdog:
-    """Ends an exchange that takes too long: no time-out of a socket sees a slow drip.
-
-    One thread, that sleeps until the first deadline it knows of; nothing wakes it for each request.
-    """
+    """Ends an exchange that takes too long: no time-out of a socket sees a slow drip."""
 
     def __init__(self):
         import threading
-        self.until = self.wakes_at = math.inf
-        self.sock, self.late, self.ended = None, False, False
-        self.event = threading.Event()
+        self.until, self.sock, self.late, self.ended = math.inf, None, False, threading.Event()
         thread = threading.Thread(target=self.run)
         thread.daemon = True
         thread.start()
 
     def start(self, seconds):
         self.sock, self.late, self.until = None, False, time.monotonic() + seconds
-        if self.until < self.wakes_at:
-            self.event.set()
-
-    def stop(self):
-        self.until = math.inf
-
-    def close(self):
-        self.ended = True
-        self.event.set()
 
     def run(self):
-        while not self.ended:
-            left = self.until - time.monotonic()
-            if left <= 0:
+        while not self.ended.wait(0.1):
+            if time.monotonic() > self.until:
                 self.end()
-            self.wakes_at = self.until
-            self.event.wait(left if 0 < left < math.inf else None)
-            self.event.clear()
 
     def end(self):
         import socket
@@ -1031,38 +998,47 @@ def lost(request, error, stale):
     """The Unavailable for an exchange that got no answer: what, why, what to do."""
     import socket
     from urllib.parse import urlsplit
-    from urllib.request import getproxies
-    parts, ssl, name = urlsplit(request.full_url), sys.modules.get("ssl"), type(error).__name__
-    hint, found = "", Unavailable("")
-    found.sent, found.stale = request.stage != "connecting", stale
+    parts, ssl, hint = urlsplit(request.full_url), sys.modules.get("ssl"), ""
+    sent, again = request.stage != "connecting", True
     if request.late:
         why = f"no complete answer within {request.budget:.0f} s"
     elif ssl and (isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error)):
         why = f"its certificate cannot be verified\n{getattr(error, 'verify_message', '') or error}"
         hint = ("--ca-cert FILE (or TOFUPILOT_CA_CERT) adds a private CA. This machine's clock\n"
                 f"says {time.strftime('%Y-%m-%d %H:%M')}: if that is wrong, set it first")
-        found.again = False
+        again = False
     elif isinstance(error, socket.gaierror):
         why = "name not found (DNS)"
     elif isinstance(error, socket.timeout):
         why = f"no answer within {request.timeout:g} s"
-    elif isinstance(error, EOFError) or name == "IncompleteRead":
+    elif type(error).__name__ in ("EOFError", "IncompleteRead"):
         why = "the answer was cut short"
     else:
-        why = (getattr(error, "strerror", None) or str(error) or name)[:200]
-    if found.sent:
-        found.message = f"no answer from {parts.netloc}: {why}"
-        found.hint = "run the same command again later: it is safe"
+        why = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
+    if sent:
+        found = Unavailable(f"no answer from {parts.netloc}: {why}", AGAIN)
     else:
-        proxy = re.sub("//[^/@]*@", "//", getproxies().get(parts.scheme, "none"))
-        found.message = f"cannot reach {parts.netloc}: {why}\nproxy: {proxy}"
-        found.hint = hint or "nothing was sent; run the same command again later"
+        found = Unavailable(
+            f"cannot reach {parts.netloc}: {why}\nproxy: {proxy_of(parts.scheme)}",
+            hint or "nothing was sent; run the same command again later")
+    found.sent, found.again, found.stale = sent, again, stale
     return found
+
+
+def proxy_of(scheme):
+    """The proxy in force, without its password, or none."""
+    from urllib.request import getproxies
+    return re.sub("//[^/@]*@", "//", getproxies().get(scheme, "none"))
 
 
 def not_the_api(url, status, what):
     return NotTheAPI(f"{url.split('/')[2]} did not answer as the API does ({status}): {what}",
                      "is --url right? A login page or a proxy may answer in its place", status)
+
+
+def target(answer):
+    """Where a redirect points to, without what is secret in it."""
+    return str(answer.headers.get("Location", "")).split("?")[0][:200]
 
 
 def retry_after(answer):
@@ -1088,8 +1064,7 @@ def read_answer(answer, url, need=()):
     status, found = answer.status, None
     kind = (answer.headers.get("Content-Type") or "").split(";")[0].strip().lower()
     if 300 <= status < 400:
-        target = str(answer.headers.get("Location")).split("?")[0][:200]
-        raise not_the_api(url, status, f"a redirect to {target}, not followed")
+        raise not_the_api(url, status, f"a redirect to {target(answer)}, not followed")
     if kind == "application/json" or kind.endswith("+json"):
         with contextlib.suppress(ValueError):
             found = load_json(answer.data)
@@ -1105,7 +1080,7 @@ def read_answer(answer, url, need=()):
     kind, hint = {401: (AccessDenied, "check the key, and that --url is the right server"),
                   403: (AccessDenied, "a station key reaches the procedures linked to its station"),
                   404: (NotFound, "")}.get(status) or (
-        (Unavailable, "run the same command again later: it is safe")
+        (Unavailable, AGAIN)
         if status in (408, 425, 429) or status >= 500
         else (Refused, "correct the data; sending it again unchanged cannot work"))
     code = found.get("code") if isinstance(found.get("code"), str) else None
@@ -1128,15 +1103,15 @@ def issue_text(issue):
 def build_request(operation, wire):
     """Request for checked values: each where its operation has it (path, query or JSON body)."""
     from urllib.parse import quote
-    method, path, fields = OPERATIONS[operation]
+    method, path, _, answers = OPERATIONS[operation]
     rest = {key: value for key, value in wire.items() if "{id}" not in path or key != "id"}
     path = path.replace("{id}", quote(wire.get("id", ""), safe=""))
     if method in ("POST", "PATCH"):     # finalize has no body at all
-        return Request(method, path, (), rest if operation != "finalize" else None)
+        return Request(method, path, (), rest if operation != "finalize" else None, answers)
     return Request(method, path, tuple(
         (key, item if isinstance(item, str) else dump_json(item))
         for key, value in rest.items()
-        for item in (value if isinstance(value, list) else [value])), None)
+        for item in (value if isinstance(value, list) else [value])), None, answers)
 
 
 class Client:
@@ -1201,7 +1176,7 @@ class Client:
 
     def get(self, id):
         """The whole run."""
-        return self.call("get", {"id": id}, need=("id",))
+        return self.call("get", {"id": id})
 
     def create(self, **fields):
         """Creates a run once: {"id"}. The same content again gives the same run."""
@@ -1209,31 +1184,30 @@ class Client:
 
     def update(self, id, **attachments):
         """Links uploads (attachments=[ID, ...]) to a run: {"id"}."""
-        return self.call("update", dict(attachments, id=id), need=("id",))
+        return self.call("update", dict(attachments, id=id))
 
     def update_metadata(self, id, metadata):
         """Sets keys, deletes those that are null, keeps the others: {"id"}."""
-        return self.call("update_metadata", {"id": id, "metadata": metadata}, need=("id",))
+        return self.call("update_metadata", {"id": id, "metadata": metadata})
 
     def create_attachment(self, id, name):
         """An empty attachment on the run, and where to PUT its bytes: {"id", "upload_url"}."""
-        return self.call("create_attachment", {"id": id, "name": name}, False,
-                         ("id", "upload_url"))
+        return self.call("create_attachment", {"id": id, "name": name})
 
     def initialize(self, name):
         """An upload that no run has yet: {"id", "upload_url"}."""
-        return self.call("initialize", {"name": name}, need=("id", "upload_url"))
+        return self.call("initialize", {"name": name})
 
     def finalize(self, id):
         """Tells the server that the bytes are there: {"url"}."""
-        return self.call("finalize", {"id": id}, need=("url",))
+        return self.call("finalize", {"id": id})
 
     def whoami(self):
         """Whose key this is."""
         return self.call("whoami", {})
 
     def delete(self, ids):
-        """Deletes runs, 100 a request: {"id": [those that are gone]}. NotFound if none was there."""
+        """Deletes runs, 100 a request: {"id": [those that are gone]}. NotFound if none was."""
         ids, gone, missing = check("delete", {"ids": ids})["ids"], [], None
         for start in range(0, len(ids), 100):
             part = ids[start:start + 100]
@@ -1249,23 +1223,25 @@ class Client:
             raise missing
         return {"id": gone}
 
-    def call(self, operation, values, again=True, need=()):
-        """The checked values sent and answered. `again`, `need`: see perform, read_answer."""
+    def call(self, operation, values):
+        """The values checked, sent and answered."""
         wire = check(operation, values)
         request = build_request(operation, wire)
         try:
-            return self.perform(lambda resend: self.send(request, resend, need), again)
+            return self.perform(lambda resend: self.send(request, resend),
+                                operation != "create_attachment")
         except NotFound as error:
             id = wire.get("id")
             if id:
                 kind = "upload" if operation == "finalize" else "run"
-                error.message = f"no {kind} {shown(id, 80)} (404): {error.message.partition(': ')[2]}"
-                error.hint = "copy the whole ID; ls -q prints bare IDs"
-                if len(id) != 36:
-                    error.hint = f"this ID has {len(id)} characters, IDs have 36: {error.hint}"
+                said = error.message.partition(": ")[2]
+                error.message = f"no {kind} {shown(id, 80)} (404): {said}"
+                length = f"this ID has {len(id)} characters, IDs have 36: "
+                error.hint = (length if len(id) != 36 else "") + (
+                    "copy the whole ID; ls -q prints bare IDs")
             raise
 
-    def send(self, request, resend=True, need=()):
+    def send(self, request, resend=True):
         """One exchange with the API: the JSON object of its answer."""
         from urllib.parse import urlencode
         url = f"{self.login.url}/api{request.path}"
@@ -1287,7 +1263,7 @@ class Client:
             headers["Content-Length"] = str(len(content or b""))
         answer = self.transport.exchange(request.method, url, headers, content, resend=resend)
         try:
-            return read_answer(answer, url, need)
+            return read_answer(answer, url, request.answers)
         except Error as error:      # a server may say the key that it got
             error.message = error.message.replace(self.login.key, "(the key)")
             error.issues = [issue.replace(self.login.key, "(the key)") for issue in error.issues]
@@ -1349,7 +1325,7 @@ class Client:
                 raise
         found = look() if first_try else None
         try:
-            return found or self.perform(lambda _: self.send(request, False, ("id",)), look=look)
+            return found or self.perform(lambda _: self.send(request, False), look=look)
         except Unavailable as error:
             if error.sent and error.status is None:
                 error.message += "\nthe run may be stored or not"
@@ -1363,7 +1339,8 @@ class Client:
         must have been stored after the first try (the server's clock, 10 minutes of slack).
         """
         second = math.floor(epoch(body["started_at"]))
-        around = [datetime.datetime.fromtimestamp(second + off, _UTC).isoformat() for off in (-1, 2)]
+        around = [datetime.datetime.fromtimestamp(second + off, _UTC).isoformat()
+                  for off in (-1, 2)]
         for rows, _ in self.pages(
                 serial_numbers=[body["serial_number"]], procedure_ids=[body["procedure_id"]],
                 started_after=around[0], started_before=around[1], include_metadata=True):
@@ -1396,16 +1373,13 @@ def with_ref(body):
 
 def same_run(row, body):
     """Whether a row of ls can be the run that a create of this body made."""
-    for field, path in (
-            ("serial_number", "unit.serial_number"), ("procedure_id", "procedure.id"),
-            ("procedure_version", "procedure.version.tag"), ("part_number", "unit.part.number"),
-            ("revision_number", "unit.part.revision.number"),
-            ("batch_number", "unit.batch.number"), ("outcome", "outcome"),
-            ("docstring", "docstring"), ("execution_id", "execution_id"), ("slot_key", "slot_key"),
-            ("slot_name", "slot_name")):
-        sent, shows = body.get(field) or "", dig(row, path) or ""
+    paths = {"serial_number": "unit.serial_number", "procedure_id": "procedure.id",
+             "procedure_version": "procedure.version.tag", "part_number": "unit.part.number",
+             "revision_number": "unit.part.revision.number", "batch_number": "unit.batch.number"}
+    for field in [*paths, "outcome", "docstring", "execution_id", "slot_key", "slot_name"]:
+        sent, path = body.get(field) or "", paths.get(field, field)
         given_by_server = not sent and path.startswith("unit.")
-        if not given_by_server and str(sent).lower() != str(shows).lower():
+        if not given_by_server and str(sent).lower() != str(dig(row, path) or "").lower():
             return False
     for field in ("started_at", "ended_at"):     # the server keeps milliseconds
         if abs((epoch(row.get(field)) or 0) - epoch(body[field])) > 0.0011:
@@ -1426,11 +1400,9 @@ class LocalFile:
     """A regular file that is to be attached. BadInput if it cannot be read or is no such file."""
 
     def __init__(self, path, name=None):
-        self.path, self.upload_id, self.done = path, None, False
+        self.path, self.upload_id, self.done, self.state = path, None, False, None
         self.name = name or os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
-        with self.open() as file:
-            self.state = os.fstat(file.fileno())
-        self.size = self.state.st_size
+        self.open().close()
 
     def open(self):
         try:
@@ -1439,23 +1411,23 @@ class LocalFile:
         except OSError as error:
             raise BadInput(f"cannot read {self.path}: {error.strerror}",
                            "name a file that this user can read") from None
-        if not stat.S_ISREG(os.fstat(number).st_mode):      # a FIFO would block for ever
+        state = os.fstat(number)
+        if not stat.S_ISREG(state.st_mode):      # a FIFO would block for ever
             os.close(number)
             raise BadInput(f"{self.path} is not a regular file", "name a file")
+        self.state = self.state or (state.st_size, state.st_mtime_ns)
+        self.size = self.state[0]
         return open(number, "rb")
 
     def blocks(self):
         """The content; BadInput if the file changes meanwhile."""
         with self.open() as file:
             left = self.size
-            while left:
-                block = file.read(min(BLOCK, left))
-                if not block:
-                    break
+            for block in iter(lambda: file.read(min(BLOCK, left)), b""):
                 left -= len(block)
                 yield block
             now = os.fstat(file.fileno())
-            if left or (now.st_size, now.st_mtime_ns) != (self.size, self.state.st_mtime_ns):
+            if left or (now.st_size, now.st_mtime_ns) != self.state:
                 raise BadInput(f"{self.path} changed while it was read",
                                "run the command again when nothing writes to it")
 
@@ -1493,25 +1465,25 @@ def attach(client, run_id, files, progress=None):
     own = [file.upload_id for file in missing]
     if own:
         client.update(run_id, attachments=own)
-    if own and ids:     # whether PATCH appends or replaces is not documented
-        if not set(ids) <= {row["id"] for row in linked()}:
-            client.update(run_id, attachments=ids + own)
+    # whether PATCH appends or replaces is not documented
+    if own and ids and not set(ids) <= {row["id"] for row in linked()}:
+        client.update(run_id, attachments=ids + own)
     return missing
 
 
 def find_attached(client, rows, file):
-    """The row of the run's attachments that is this file: name, size, and bytes if they are there."""
+    """The row of attachments that is this file: name, size, and the bytes if they can be had."""
     import hashlib
     for row in rows:
         if row.get("name") == file.name and row.get("size") == file.size:
-            url, tries = row.get("download_url"), []
+            tries = []
 
             def begin():
                 tries.append(hashlib.sha256())
                 return tries[-1].update
-            if url:
-                fetch(client, url, file.size, begin)
-            if not url or tries[-1].hexdigest() == file.sha256():
+            if row.get("download_url"):
+                fetch(client, row["download_url"], file.size, begin)
+            if not tries or tries[-1].hexdigest() == file.sha256():
                 return row
     return None
 
@@ -1522,10 +1494,9 @@ def upload(client, file, progress=None):
         with contextlib.suppress(NotFound, Refused):
             client.finalize(file.upload_id)
             file.done = True
-    for last in (False, True):
-        if file.done:
-            break
-        made = client.initialize(file.name)
+    tries = 0
+    while not file.done:
+        made, tries = client.initialize(file.name), tries + 1
         file.upload_id = made["id"]
         file.save()
         try:
@@ -1533,7 +1504,7 @@ def upload(client, file, progress=None):
             client.finalize(file.upload_id)
             file.done = True
         except Unavailable as error:        # 4xx: the URL has expired; ask for another, once
-            if last or error.again or not 400 <= (error.status or 0) < 500:
+            if tries > 1 or error.again or not 400 <= (error.status or 0) < 500:
                 raise
     file.save()
 
@@ -1542,7 +1513,7 @@ def put(client, url, file, progress):
     """PUTs a file to its presigned URL; the key does not go there."""
     until = time.monotonic() + UPLOAD_WINDOW
 
-    def counted():
+    def content():
         sent = 0
         for block in file.blocks():
             yield block
@@ -1553,21 +1524,34 @@ def put(client, url, file, progress):
     def once(resend):
         if time.monotonic() > until:
             raise storage_error("its upload URL has expired", 403)
-        storage_says(url, client.transport.exchange(
-            "PUT", url, {"Content-Type": content_type(file.name), "Content-Length": str(file.size)},
-            counted if file.size else b"", 60 + file.size / 16384, resend))
-    if client.plan:
-        return client.plan("PUT", url, None)
-    check_storage_url(client, url)
-    return client.perform(once)
+        at_storage(client, "PUT", url, {"Content-Type": content_type(file.name),
+                                        "Content-Length": str(file.size)},
+                   file.size, resend, content if file.size else b"")
+    return client.plan("PUT", url, None) if client.plan else client.perform(once)
 
 
 def fetch(client, url, size, begin):
     """Gets a stored file. `begin` gives, for each try, the function that takes its blocks."""
-    check_storage_url(client, url)
-    budget = 60 + (size if is_number(size) and 0 < size < 1 << 40 else 1 << 30) / 16384
-    client.perform(lambda resend: storage_says(url, client.transport.exchange(
-        "GET", url, {"Accept": "*/*"}, None, budget, resend, begin())))
+    size = size if is_number(size) and 0 < size < 1 << 40 else 1 << 30
+    client.perform(lambda resend: at_storage(client, "GET", url, {"Accept": "*/*"}, size, resend,
+                                             sink=begin()))
+
+
+def at_storage(client, method, url, headers, size, resend, content=None, sink=None):
+    """One exchange with the storage; Unavailable where it does not do what it should."""
+    try:
+        parts = check_url(url, True, "the server gave a URL for it that")
+        must(parts.scheme == "https" or client.login.url.startswith("http:"),
+             "the server gave a URL for it that is plain http")
+    except ValueError as error:
+        raise storage_error(str(error)) from None
+    budget = 60 + size / 16384
+    answer = client.transport.exchange(method, url, headers, content, budget, resend, sink)
+    if answer.status != 200:
+        error = storage_error(f"{parts.netloc} answered {answer.status}" + (
+            f", a redirect to {target(answer)}" if target(answer) else ""), answer.status)
+        error.retry_after = retry_after(answer)
+        raise error
 
 
 def storage_error(why, status=None):
@@ -1575,24 +1559,6 @@ def storage_error(why, status=None):
                         "run the same command again later: only what is missing goes up", status)
     error.again = status in (408, 425, 429) or (status or 0) >= 500
     return error
-
-
-def storage_says(url, answer):
-    if answer.status != 200:
-        target = str(answer.headers.get("Location", "")).split("?")[0][:200]
-        error = storage_error(f"{url.split('/')[2]} answered {answer.status}" + (
-            f", a redirect to {target}" if target else ""), answer.status)
-        error.retry_after = retry_after(answer)
-        raise error
-
-
-def check_storage_url(client, url):
-    try:
-        parts = check_url(url, True, "the server gave a URL for it that")
-        must(parts.scheme == "https" or client.login.url.startswith("http:"),
-             "the server gave a URL for it that is plain http")
-    except ValueError as error:
-        raise storage_error(str(error)) from None
 
 
 def safe_name(name):
@@ -1623,11 +1589,21 @@ def download(client, row, folder):
     return save_new(os.path.join(folder, safe_name(row.get("name"))), write)
 
 
-def save_new(path, write):
-    """Makes a file with write(file); behind a name that is taken stands -2, -3. Returns the path."""
-    stem, ending = os.path.splitext(path)
+@contextlib.contextmanager
+def part_of(path):
+    """The name of a file beside `path`, which is gone at the end."""
     part = f"{path}.{os.getpid()}.part"
     try:
+        yield part
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def save_new(path, write):
+    """Makes a file with write(file); a name that is taken gets -2, -3. Returns the path."""
+    stem, ending = os.path.splitext(path)
+    with part_of(path) as part:
         with open(part, "xb") as file:
             write(file)
         for number in range(1, sys.maxsize):
@@ -1636,14 +1612,11 @@ def save_new(path, write):
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
                 break
         replace(part, path)
-        return path
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+    return path
 
 
 def replace(source, target):
-    """os.replace; on Windows it waits for those who look at the target (virus scanners) to leave."""
+    """os.replace; on Windows it waits for virus scanners, that look at the target, to leave."""
     for number in range(10):
         try:
             return os.replace(source, target)
@@ -1672,8 +1645,11 @@ def replace(source, target):
 
 APPLICATION_ID, SCHEMA_VERSION = 0x54465251, 1      # "TFRQ" in the file's header
 RECEIPT_DAYS, SUB_UNIT_HOURS, BATCH = 30, 72, 50
-SCHEMA = """
+SCHEMA = f"""
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
 CREATE TABLE identity (id TEXT);
+INSERT INTO identity VALUES (lower(hex(randomblob(16))));
 CREATE TABLE entry (id INTEGER PRIMARY KEY AUTOINCREMENT, ref TEXT, state TEXT, body TEXT,
     units TEXT, outcome TEXT, serial_number TEXT, procedure_id TEXT, stored_at REAL,
     tries INTEGER DEFAULT 0, tried_at REAL, failed_at REAL, next_try_at REAL DEFAULT 0,
@@ -1715,7 +1691,9 @@ class Queue:
             self.run("PRAGMA secure_delete = OFF")
             if not self.run("SELECT name FROM sqlite_master"):
                 with self.transaction():
-                    self.make_tables()
+                    if not self.run("SELECT name FROM sqlite_master"):  # nobody else was first
+                        for statement in SCHEMA.split(";"):
+                            self.run(statement)
             self.identity = self.run("SELECT id FROM identity")[0]["id"]
         except ImportError:
             raise self.unusable("this Python has no sqlite3") from None
@@ -1728,7 +1706,7 @@ class Queue:
             raise
 
     def look_at_header(self):
-        """Whether the file is new; raises where it is no queue of ours, before SQLite touches it."""
+        """Whether the file is new; raises where it is no queue, before SQLite touches it."""
         if os.path.dirname(self.path) == home():
             with contextlib.suppress(FileExistsError):
                 os.makedirs(home(), 0o700)
@@ -1744,14 +1722,6 @@ class Queue:
         if int.from_bytes(head[60:64], "big") > SCHEMA_VERSION:
             raise self.unusable(f"a newer version of {PROG} made it")
         return False
-
-    def make_tables(self):
-        if not self.run("SELECT name FROM sqlite_master"):      # another process was first
-            self.run(f"PRAGMA application_id = {APPLICATION_ID}")
-            self.run(f"PRAGMA user_version = {SCHEMA_VERSION}")
-            for statement in SCHEMA.split(";"):
-                self.run(statement)
-            self.run("INSERT INTO identity VALUES (?)", os.urandom(16).hex())
 
     def unusable(self, why):
         return QueueUnusable(f"cannot use the queue {self.path}: {why}",
@@ -1910,20 +1880,17 @@ class Queue:
     @contextlib.contextmanager
     def sender(self):
         """Whether this process is the one sender of the file: a lock that ends with the process."""
-        lock = None
-        try:
+        with contextlib.ExitStack() as stack:
             try:
                 lock = self.sqlite3.connect(self.name + ".lock", timeout=0, isolation_level=None)
+                stack.callback(lock.close)
                 lock.execute("BEGIN EXCLUSIVE")
+                alone = True
             except self.sqlite3.Error as error:
                 if "locked" not in str(error):
                     raise self.unusable(f"its .lock file: {error}") from None
-                yield False
-            else:
-                yield True
-        finally:
-            if lock:
-                lock.close()
+                alone = False
+            yield alone
 
     def meta(self):
         counts = dict(tuple(row) for row in
@@ -1940,7 +1907,7 @@ class QueuedFile:
         self.digest, self.upload_id, self.done = row["sha256"], row["upload_id"], bool(row["done"])
 
     def blocks(self):
-        for part in range((self.size + BLOCK - 1) // BLOCK):    # by the whole key: nothing is sorted
+        for part in range((self.size + BLOCK - 1) // BLOCK):    # one key, no sorting
             yield self.queue.run("SELECT data FROM chunk WHERE file = ? AND part = ?",
                                  self.number, part)[0]["data"]
 
@@ -2006,22 +1973,18 @@ class Pass:
                 self.queue.tidy()
             return alone
 
-    def exit_code(self):
-        codes = self.codes | ({5} if self.queue.meta()["parked"] else set())
-        return next((code for code in (3, 5, 6) if code in codes), 0)
-
     def send_all(self):
         """Sends what is due; an entry that shares a unit with an older one waits for it."""
         ready, blocked, now, here = [], set(), time.time(), self.client.login.url
         for entry in self.queue.entries("state = 'waiting'"):
             entry["units"] = set(json.loads(entry["units"]))
             forced = self.force is not None and (not self.force or entry["ref"] in self.force)
-            if entry["origin"] not in (None, here):
+            elsewhere = entry["origin"] not in (None, here)
+            if elsewhere:
                 self.queue.change(entry["id"], error=f"begun at {entry['origin']}, waits for it")
-            elif forced or is_due(entry, now):
-                ready.append(entry)
-                continue
-            ready.append(dict(entry, ref=None))
+            if elsewhere or not (forced or is_due(entry, now)):
+                entry["ref"] = None
+            ready.append(entry)
         for number, entry in enumerate(ready):
             if entry["ref"] is None or entry["units"] & blocked:
                 blocked |= held_back(entry)
@@ -2147,7 +2110,8 @@ class Result:
     """What a command gives to main: a JSON document, lines for people (or a function of the Screen
     that gives them), rows, IDs, exit status. `pages` (ls) are (rows, meta) as they arrive."""
 
-    def __init__(self, document=None, lines=(), rows=None, ids=(), pages=None, columns=(), status=0):
+    def __init__(self, document=None, lines=(), rows=None, ids=(), pages=None, columns=(),
+                 status=0):
         self.document, self.lines, self.ids, self.pages = document, lines, ids, pages
         self.rows, self.columns, self.status = [document] if rows is None else rows, columns, status
 
@@ -2166,11 +2130,10 @@ class Screen:
     """Writes a Result as a table or text, JSON, JSON lines or CSV, to a terminal, pipe or file."""
 
     def __init__(self, stream, format="table", columns=None, quiet=False):
-        import shutil
         self.stream, self.format, self.quiet = stream, format, quiet
         self.columns = [(path, path) for path in columns or ()]
         self.tty = stream.isatty()
-        self.width = shutil.get_terminal_size().columns
+        self.width = terminal_width() if self.tty else 0
         self.colour = (self.tty and not os.environ.get("NO_COLOR")
                        and os.environ.get("TERM") != "dumb" and console_takes_colour())
 
@@ -2209,26 +2172,25 @@ class Screen:
             self.stream.write(f'\n], "meta": {dump_json(meta)}}}\n')
 
     def write_rows(self, pages, columns):
-        csv_columns = CSV_COLUMNS if columns is RUN_COLUMNS else [path for _, path in columns]
         columns, keep = self.columns or columns, None
+        paths = [path for _, path in columns]
         if self.format == "csv":
             import csv
-            columns = self.columns or [(path, path) for path in csv_columns]
+            paths = CSV_COLUMNS if columns is RUN_COLUMNS else paths
             writer = csv.writer(self.stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            writer.writerow([csv_text(title) for title, _ in columns])
+            writer.writerow(map(csv_text, paths))
         for rows, _ in pages:
             if self.format == "jsonl":
                 self.stream.write("".join(dump_json(
                     {path: dig(row, path) for _, path in self.columns} or row) + "\n"
                     for row in rows))
             elif self.format == "csv":
-                writer.writerows([csv_text(dig(row, path)) for _, path in columns] for row in rows)
+                writer.writerows([csv_text(dig(row, path)) for path in paths] for row in rows)
             else:
-                table = [[cell(dig(row, path), path, self.tty) for _, path in columns]
-                         for row in rows]
+                table = [[cell(dig(row, path), path, self.tty) for path in paths] for row in rows]
                 if keep is None:
                     titles = [title for title, _ in columns]
-                    keep, widths = fit([titles] + table, columns, self.width if self.tty else 0)
+                    keep, widths = fit([titles] + table, columns, self.width)
                     table.insert(0, titles)
                 for line in table:
                     self.write_line([line[i] for i in keep], widths)
@@ -2245,6 +2207,14 @@ class Screen:
         """An outcome in its colour, anything else as it is."""
         code = self.colour and COLOURS.get(text.strip())
         return f"\x1b[{code}m{text}\x1b[0m" if code else text
+
+
+def terminal_width():
+    """As in shutil, whose import takes longer than all of this."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        return (int(os.environ.get("COLUMNS") or 0)
+                or os.get_terminal_size(sys.__stdout__.fileno()).columns or 80)
+    return 80
 
 
 def console_takes_colour():
@@ -2336,7 +2306,7 @@ def csv_text(value):
 
 
 def report(run, screen, link, failed_only, logs):
-    """The lines of a run for people: verdict, unit, times, phases with measurements, files, logs."""
+    """The lines of a run for people: verdict, unit, times, phases, measurements, files, logs."""
     def text(path, before=""):
         value = dig(run, path)
         return "" if value in (None, "") else before + shown(value)
@@ -2377,37 +2347,38 @@ def report(run, screen, link, failed_only, logs):
     yield from section(f"SUB-UNITS    {len(rows)}", [
         f"{shown(row.get('serial_number'))}  ({shown(row.get('part_number'))})" for row in rows])
     rows = dicts(run.get("logs"))
-    counts = collections.Counter(shown(row.get("level")) for row in rows)
     lines = ["{timestamp}  {level:<8}  {message}  ({source_file}:{line_number})".format(
         **{key: shown(row.get(key)) for key in ("timestamp", "level", "message", "source_file",
                                                 "line_number")}) for row in rows]
-    title = f"LOGS         {len(rows)}: " + ", ".join(
-        f"{count} {level}" for level, count in counts.items())
-    yield from section(title + ("" if logs else "      (show them: --logs)"), lines, logs)
+    yield from section("LOGS         " + tally(rows, "level")
+                       + ("" if logs else "      (show them: --logs)"), lines, logs)
 
 
 def section(title, lines, whole=True):
     return ["", title] + ["  " + line for line in lines if whole] if lines else []
 
 
+def tally(rows, key):
+    """3: 2 PASS, 1 FAIL"""
+    counts = collections.Counter(shown(row.get(key)) for row in rows)
+    return f"{len(rows)}: " + ", ".join(f"{count} {word}" for word, count in counts.items())
+
+
 def phase_lines(phases, paint, failed_only):
-    counts = collections.Counter(shown(phase.get("outcome")) for phase in phases)
     lines = []
     for phase in phases:
         rows = [row for row in dicts(phase.get("measurements"))
                 if not failed_only or row.get("outcome") == "FAIL"]
         if failed_only and phase.get("outcome") in ("PASS", "SKIP") and not rows:
             continue
-        retry = phase.get("retry_count")
-        name = shown(phase.get("name")) + (f"  (attempt {retry + 1})" if retry and is_number(retry)
-                                           else "")
+        name, retry = shown(phase.get("name")), phase.get("retry_count")
+        name += f"  (attempt {retry + 1})" if retry and is_number(retry) else ""
         lines.append(f"{paint(cut(shown(phase.get('outcome')), 5))} {cut(name, 58)}"
                      f"{duration_text(phase.get('duration')):>9}".rstrip())
         width = min(28, max([cells(shown(row.get("name"))) for row in rows] or [0]))
         for row in rows:
             lines += measurement_lines(row, paint, width)
-    return section(f"PHASES  {len(phases)}: " + ", ".join(
-        f"{count} {word}" for word, count in counts.items()), lines)
+    return section("PHASES  " + tally(phases, "outcome"), lines)
 
 
 def measurement_lines(row, paint, width):
@@ -2468,9 +2439,10 @@ def summary(runs):
         row["passed"] += ever
         row["passed_first"] += first[1]
     total = sum(outcomes.values())
-    lines = [f"{total} runs"] + [
-        f"  {outcome:<8} {count:>7}  {100 * count / total:5.1f} %  {'#' * round(40 * count / total)}"
-        for outcome, count in outcomes.most_common()]
+    lines = [f"{total} runs"]
+    for outcome, count in outcomes.most_common():
+        part = count / total
+        lines.append(f"  {outcome:<8} {count:>7}  {100 * part:5.1f} %  {'#' * round(40 * part)}")
     for row in rows.values():
         row["yield"] = row["passed"] / row["units"]
         row["first_pass_yield"] = row["passed_first"] / row["units"]
@@ -2488,29 +2460,24 @@ def summary(runs):
 class Call:
     """One command line: its flags as checked values, stderr, and what the commands share."""
 
-    def __init__(self, args, words, fields):
-        self.args, self.words, self.planned, self.stdin = args, words, [], None
+    def __init__(self, flags, words, fields):
+        self.flags, self.words, self.planned, self.stdin = flags, words, [], None
         self.fields = {field.name: field for field in fields}
         self.format = "json" if self.get("json") else self.get("format") or "table"
         self.quiet, self.durable, self.began = bool(self.get("q")), False, None
         self.clients = contextlib.ExitStack()
         self.silent = self.format == "json" and not self.get("v")
 
-    def given(self, name):
-        """What was typed for a flag (all words of a list flag), or None."""
-        value, field = getattr(self.args, name, None), self.fields.get(name)
-        return value if value is None or not field.many or field.fields else sum(value, [])
-
     def get(self, name):
         """The checked value of a flag that is not part of a request, or None."""
-        value, field, problems = self.given(name), self.fields.get(name), []
-        if value is None or field.kind == "flag":
-            return value
-        values = [check_field(field, item, flag(name), problems)
-                  for item in (value if field.many else [value])]
-        if problems:
-            raise BadInput(problems[0])
-        return values if field.many else values[0]
+        value, field, problems = self.flags.get(name), self.fields.get(name), []
+        if value is not None and field.kind != "flag":
+            value = [check_field(field, item, flag(name), problems)
+                     for item in (value if field.many else [value])]
+            if problems:
+                raise BadInput(problems[0])
+            value = value if field.many else value[0]
+        return value
 
     def read(self, word, name):
         """The bytes of @FILE, or of - (stdin), which stands once in a command."""
@@ -2529,7 +2496,7 @@ class Call:
 
     def read_json(self, name):
         """The JSON of a flag: text, @FILE or -."""
-        word = self.given(name)
+        word = self.flags.get(name)
         data = self.read(word, name) if word == "-" or word.startswith("@") else word
         try:
             return load_json(data)
@@ -2543,7 +2510,7 @@ class Call:
         """The operation's fields as given: JSON read, IDs from @FILE, --set among the metadata."""
         values = dict(start)
         for field in OPERATIONS[operation].fields:
-            value = self.given(field.name)
+            value = self.flags.get(field.name)
             if value is not None and field.kind in ("record", "metadata", "object"):
                 value = self.read_json(field.name)
             elif field.many and field.kind in ("id", "serial"):
@@ -2556,7 +2523,7 @@ class Call:
                                    "give one at least")
             if value is not None:
                 values[field.name] = value
-        for word in self.given("set") or ():
+        for word in self.flags.get("set") or ():
             key, equals, text = word.partition("=")
             if not (key and equals and isinstance(values.setdefault("metadata", {}), dict)):
                 raise BadInput("--set: give key=value", "such as --set shift=A --set temp=23.4")
@@ -2570,12 +2537,10 @@ class Call:
         key, path, given = None, self.get("api_key_file"), self.get("retries")
         if path is not None:
             try:
-                key = self.read(path if path == "-" else "@" + path, "api_key_file")
+                key = self.read(path if path == "-" else "@" + path, "api_key_file").decode(
+                    "utf-8", "replace")
             except BadInput as error:
-                if self.stdin:
-                    raise
-                raise AccessDenied(error.message, error.hint) from None
-            key = key.decode("utf-8", "replace")
+                raise error if self.stdin else AccessDenied(error.message, error.hint) from None
         client = Client(self.get("url"), key, self.get("ca_cert"), self.get("timeout") or 30,
                         retries if given is None else given, bool(self.get("allow_http")),
                         f"--api-key-file {path}", self.warn, self.note if self.get("v") else None,
@@ -2668,7 +2633,7 @@ def run_link(client, procedure_id, run_id):
 
 
 def run_create(call):
-    start = call.read_json("body") if call.given("body") else {}
+    start = call.read_json("body") if call.flags.get("body") else {}
     if not isinstance(start, dict):
         raise BadInput("--body: must be a JSON object")
     values = call.values("create", start)
@@ -2679,9 +2644,10 @@ def run_create(call):
     if epoch(body["ended_at"]) > time.time() + 3600:
         call.warn(f"the run ends in the future, {body['ended_at']}: is this machine's clock right?")
     files = [LocalFile(path) for path in call.get("attach") or ()]
-    for number, file in enumerate(files):
-        if file.name in [other.name for other in files[:number]] or len(file.name) > 255:
-            raise BadInput(f"--attach: {file.name} stands twice, or is longer than 255 characters",
+    names = [file.name for file in files]
+    for name in names:
+        if names.count(name) > 1 or len(name) > 255:
+            raise BadInput(f"--attach: {name} stands twice, or is longer than 255 characters",
                            "rename the file: on a run its name tells it from the others")
     if not call.get("dry_run") and (call.get("queue") or call.get("offline")
                                     or os.environ.get("TOFUPILOT_QUEUE")):
@@ -2697,12 +2663,13 @@ def create_now(call, body, files):
         new = attach_all(call, client, run_id, files)
         document["attachments"] = [{"id": file.upload_id, "name": file.name} for file in files]
     count = sum(len(phase.get("measurements") or ()) for phase in phases)
-    lines = [f"Created run {shown(run_id)}", "  " + "  ".join(filter(None, [
+    lines = ["  ".join(filter(None, [
         body["outcome"], body["serial_number"],
         phases and f"{len(phases)} phases, {count} measurements",
-        seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]))]
-    lines += ["  " + line for line in [run_link(client, body["procedure_id"], run_id)] if line]
-    return Result(document, lines + ["  " + line for line in file_lines(files, new)], ids=[run_id])
+        seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))])),
+        run_link(client, body["procedure_id"], run_id), *file_lines(files, new)]
+    return Result(document, [f"Created run {shown(run_id)}"]
+                  + ["  " + line for line in lines if line], ids=[run_id])
 
 
 def file_lines(files, new):
@@ -2752,7 +2719,7 @@ def create_queued(call, body, files):
 
 
 def create_unqueued(call, body, files, error):
-    """The queue cannot be written: the run is sent directly, or it is said that it is NOT stored."""
+    """The queue cannot be written: sends the run directly, or says that it is NOT stored."""
     try:
         if call.get("offline"):
             raise error
@@ -2803,8 +2770,8 @@ def entry_json(entry, files):
     found = {name: entry[name] for name in ("state", "outcome", "serial_number", "procedure_id",
                                             "stored_at", "tries", "next_try_at", "error", "run_id")}
     for name in ("stored_at", "next_try_at"):
-        found[name] = datetime.datetime.fromtimestamp(entry[name], _UTC).isoformat()[:19] + "Z" \
-            if entry[name] else None
+        at = found[name] and datetime.datetime.fromtimestamp(found[name], _UTC)
+        found[name] = at.isoformat()[:19] + "Z" if at else None
     return dict(found, client_run_ref=entry["ref"], attachments=files)
 
 
@@ -2833,7 +2800,8 @@ def run_queue_get(call):
     shows = entry_json(entry, len(files))
     lines = [f"{name:<15} {shown(value)}" for name, value in shows.items()
              if value not in (None, "")]
-    lines += section("ATTACHMENTS", [f"{shown(file.name)}  {size_text(file.size)}" for file in files])
+    lines += section("ATTACHMENTS", [f"{shown(file.name)}  {size_text(file.size)}"
+                                     for file in files])
     return Result(json.loads(body) if body else shows, lines + section("SAVED", saved),
                   ids=[entry["ref"]])
 
@@ -2871,18 +2839,15 @@ def run_queue_send(call, force=None):
                     queue.change(entry["id"], state="waiting", next_try_at=0)
         work = Pass(queue, client, call.log, force)
         alone, meta = work.run(), queue.meta()
-        status = work.exit_code() if alone else 0
+        codes = work.codes | ({5} if alone and meta["parked"] else set())
     if not alone:
         call.note("another process is sending this queue: nothing to do")
     runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
     document = {"sent": len(runs), "waiting": meta["waiting"], "parked": meta["parked"],
                 "runs": runs}
     return Result(document, ["{sent} sent, {waiting} waiting, {parked} parked".format(**document)],
-                  rows=runs, ids=[run["id"] for run in runs], status=status)
-
-
-def run_queue_retry(call):
-    return run_queue_send(call, call.words)
+                  rows=runs, ids=[run["id"] for run in runs],
+                  status=next((code for code in (3, 5, 6) if code in codes), 0))
 
 
 def run_queue_move(call):
@@ -2924,7 +2889,8 @@ def run_create_attachment(call):
     wire, client = check("create_attachment", values, flags=True), call.client()
     if files:
         lines = file_lines(files, attach_all(call, client, wire["id"], files))
-        return done({"id": files[0].upload_id, "name": files[0].name}, *lines, f"  run {wire['id']}")
+        return done({"id": files[0].upload_id, "name": files[0].name}, *lines,
+                    f"  run {wire['id']}")
     try:
         answer = client.create_attachment(**wire)
     except Unavailable as error:
@@ -2963,28 +2929,16 @@ def run_rm(call):
         sys.stderr.flush()
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Stopped("nothing was deleted")
-    answer = client.delete(ids)
-    gone = answer["id"]
-    kept = [id for id in ids if id not in gone]
-    return Result(answer, [f"Deleted {len(gone)} runs"] + ["  " + shown(id) for id in gone]
-                  + section(f"Not there: {len(kept)}", map(shown, kept) if kept else [])[1:],
+    gone = client.delete(ids)["id"]
+    kept = ["  " + shown(id) for id in ids if id not in gone]
+    return Result({"id": gone}, [f"Deleted {len(gone)} runs"] + ["  " + shown(id) for id in gone]
+                  + ([f"Not there: {len(kept)}"] + kept if kept else []),
                   rows=[{"id": id} for id in gone], ids=gone)
 
 
 def run_check(call):
     """A line for each thing that a station needs, ok or FAIL; exits as its first failure does."""
-    rows, client, path = [], call.client(), queue_path(call)
-
-    def look(name, get):
-        try:
-            row = {"name": name, "ok": True, "text": get(), "error": None}
-        except Error as error:
-            row = {"name": name, "ok": False, "text": error.message, "error": error.as_json()}
-        rows.append(row)
-
-    def proxy():
-        from urllib.request import getproxies
-        return re.sub("//[^/@]*@", "//", getproxies().get("https", "none"))
+    rows, lines, status, client, path = [], [], 0, call.client(), queue_path(call)
 
     def queue():
         if not os.path.exists(path):
@@ -3007,22 +2961,24 @@ def run_check(call):
             raise BadInput(f"{abs(off)} s {'ahead of' if off > 0 else 'behind'} the server",
                            "set this machine's clock: certificates and times depend on it")
         return f"{abs(off)} s from the server's" if theirs else "not compared: no answer"
-    for line in version_text().splitlines():
-        look(line.split()[0], lambda: line.split(None, 1)[1])
-    look("url", lambda: client.login.url)
-    look("key", lambda: f"from {client.login.source}" if client.login.key else "none")
-    look("proxy", proxy)
-    look("ca", lambda: client.transport.ca_cert or "the system's")
-    look("queue", queue)
-    look("identity", identity)
-    look("clock", clock)
-    lines = [f"{'ok  ' if row['ok'] else 'FAIL'}  {row['name']:<9} "
-             + shown(" ".join(row["text"].split())) for row in rows]
-    for number, row in enumerate(rows):
-        if row["error"]:
-            lines[number] += "\n      Fix: " + shown(" ".join(row["error"]["hint"].split()))
-    return Result({"data": rows}, lines, rows=rows, status=next(
-        (row["error"]["exit_code"] for row in rows if row["error"]), 0))
+    about = [line.split(None, 1) for line in version_text().splitlines()]
+    for name, get in [(name, lambda text=text: text) for name, text in about] + [
+            ("url", lambda: client.login.url),
+            ("key", lambda: f"from {client.login.source}" if client.login.key else "none"),
+            ("proxy", lambda: proxy_of("https")),
+            ("ca", lambda: client.transport.ca_cert or "the system's"),
+            ("queue", queue), ("identity", identity), ("clock", clock)]:
+        text, error = "", None
+        try:
+            text = get()
+        except Error as failure:
+            text, error = failure.message, failure.as_json()
+            status = status or failure.exit_code
+        rows.append({"name": name, "ok": not error, "text": text, "error": error})
+        lines.append(f"{'FAIL' if error else 'ok  '}  {name:<9} {shown(' '.join(text.split()))}")
+        if error:
+            lines.append("      Fix: " + shown(" ".join((error["hint"] or "").split())))
+    return Result({"data": rows}, lines, rows=rows, status=status)
 
 
 def version_text():
@@ -3039,99 +2995,119 @@ def version_text():
 
 # ---- command line --------------------------------------------------------------------------------
 
-Command = collections.namedtuple("Command", "run fields summary examples")
+Command = collections.namedtuple("Command", "run fields sentence examples")
 
-GLOBAL = _table(
-    ("output",
-     ("json flag", "the server's JSON on stdout, and errors as JSON on stderr"),
-     ("format enum", "form of the output", "csv", ("table", "json", "jsonl", "csv")),
-     ("columns text", "fields to show, for table, csv and jsonl", "id,unit.serial_number"),
-     ("out path", "write to a file, replaced at the end only", "runs.csv"),
-     ("q flag", "IDs only"),
-     ("v flag", "a line for each request on stderr"),
-     ("dry_run flag", "print the requests, send nothing")),
-    ("connection",
-     ("url text", "the server, else TOFUPILOT_URL, else the credentials file, else the cloud",
-      "https://tofupilot.example.com"),
-     ("api_key_file path", "file with the key, or -; else TOFUPILOT_API_KEY, else "
-      "~/.tofupilot/credentials.json", "/etc/tofupilot.key"),
-     ("ca_cert path", "a private CA, besides the system's; else TOFUPILOT_CA_CERT", "factory.pem"),
-     ("timeout seconds", "seconds for each wait on the network (30)", "10"),
-     ("retries count", "tries after the first (3)", "0"),
-     ("allow_http flag", "plain http to another machine")))
-SET = _table(("metadata", ("set text*", "a key without JSON quoting", "shift=A temp=23.4")))
-QUEUE = _table(("queue", ("queue path", "the queue file; else TOFUPILOT_QUEUE, else runs.queue in "
-                          "~/.tofupilot", "line3.queue")))
+GLOBAL = _table("""
+output:
+  json flag | the server's JSON on stdout, and errors as JSON on stderr
+  format enum table json jsonl csv | form of the output | csv
+  columns text | fields to show, for table, csv and jsonl | id,unit.serial_number
+  out path | write to a file, replaced at the end only | runs.csv
+  q flag | IDs only
+  v flag | a line for each request on stderr
+  dry_run flag | print the requests, send nothing
+connection:
+  url text | the server, else TOFUPILOT_URL, else the credentials file, else the cloud | \
+https://tofupilot.example.com
+  api_key_file path | file with the key, or -; else TOFUPILOT_API_KEY, else \
+~/.tofupilot/credentials.json | /etc/tofupilot.key
+  ca_cert path | a private CA, besides the system's; else TOFUPILOT_CA_CERT | factory.pem
+  timeout seconds | seconds for each wait on the network (30) | 10
+  retries count | tries after the first (3) | 0
+  allow_http flag | plain http to another machine
+""")
+SET = _table("metadata: / set text* | a key without JSON quoting | shift=A temp=23.4")
+QUEUE = _table("queue: / queue path | the queue file; else TOFUPILOT_QUEUE, else runs.queue in "
+               "~/.tofupilot | line3.queue")
+
+
+def _command(run, fields, text):
+    """A Command of a text: one sentence, then examples ($) and the rows of flags of its own."""
+    sentence, *lines = text.split("\n")
+    rows = "\n".join(line for line in lines if line[:1] != "$")
+    examples = [line[1:] for line in lines if line[:1] == "$"]
+    return Command(run, fields + _table(rows), sentence, examples)
+
 
 COMMANDS = {
-    "ls": Command(run_ls, LIST + _table(
-        ("page and order", ("all flag", "all runs that match"),
-         ("page_size page", "rows a request, 1 to 100", "100")),
-        ("output", ("fail_empty flag", "exit 4 when no run matches"),
-         ("summary flag", "counts, yields, the serials that fail most, over all pages"))),
-        "List runs, newest first.",
-        ("--procedure-ids proc_abc --outcomes PASS --limit 50",
-         "--started-after 24h --outcomes FAIL ERROR --format csv --out failures.csv",
-         "--serial-numbers SN-0001 --fail-empty -q", "--started-after 7d --summary")),
-    "get": Command(run_get, ID + _table(
-        ("output", ("failed_only flag", "phases and measurements that failed"),
-         ("logs flag", "the log lines too"),
-         ("download path", "save all attachments in a folder", "evidence"),
-         ("exit_status flag", "exit 10 unless the run is PASS"))),
-        "Show a run: verdict, phases, measurements, files.",
-        ("--id run_abc123", "--id run_abc123 --failed-only --logs",
-         "--id run_abc123 --download evidence")),
-    "create": Command(run_create, CREATE + SET + _table(
-        ("content", ("body text", "the whole request as JSON; flags override its fields",
-                     "@run.json"),
-         ("attach path*", "files to upload and link", "report.pdf scope.png"))) + QUEUE + _table(
-        ("queue", ("offline flag", "store in the queue only: no network, no key"))),
-        "Create a run. The same command again is the same run.",
-        ("--outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at "
-         "2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z",
-         "--body @run.json --attach report.pdf scope.png", "--body @run.json --queue line3.queue")),
-    "update": Command(run_update, OPERATIONS["update"].fields, "Link uploads to a run.",
-                      ("--id run_abc --attachments att_1 att_2",)),
-    "update-metadata": Command(
-        run_update_metadata, OPERATIONS["update_metadata"].fields + SET,
-        "Set or delete keys of a run's metadata; the others stay.",
-        ("--id run_abc --metadata '{\"shift\":\"A\",\"temp\":23.4}'",
-         "--id run_abc --set shift=A --set lot=null")),
-    "create-attachment": Command(run_create_attachment, ID + NAME + _table(
-        ("file", ("file path", "upload this file and link it; --name is then its own",
-                  "report.pdf"))),
-        "Attach a file to a run, or reserve a place for one.",
-        ("--id run_abc --file report.pdf", "--id run_abc --name report.pdf")),
-    "rm": Command(run_rm, OPERATIONS["delete"].fields + _table(
-        ("output", ("yes flag", "do not ask"))),
-        "Delete runs, with all that belongs to them.", ("--ids run_a run_b", "--ids @old.txt --yes")),
-    "attachments initialize": Command(run_initialize, NAME, "Make an upload that no run has yet.",
-                                      ("--name report.pdf",)),
-    "attachments finalize": Command(run_finalize, OPERATIONS["finalize"].fields,
-                                    "Close an upload whose bytes were PUT by hand.",
-                                    ("--id att_1",)),
-    "queue ls": Command(run_queue_ls, QUEUE + _table(
-        ("output", ("sent flag", "receipts of the last 30 days too"))),
-        "List the runs that wait, and those that the server refused (parked).",
-        ("", "--queue line3.queue --sent")),
-    "queue get": Command(run_queue_get, QUEUE + _table(
-        ("output", ("download path", "save its attachments in a folder", "evidence"))),
-        "Show an entry of the queue (REF); --json is its request, for create --body.",
-        ("3e1f7d02", "3e1f7d02 --json --out run.json")),
-    "queue send": Command(run_queue_send, QUEUE + _table(
-        ("queue", ("jitter seconds", "wait up to so long first: many stations share a minute",
-                   "60"))),
-        "Send what is due, oldest first. For cron.", ("--jitter 60", "--queue line3.queue")),
-    "queue retry": Command(run_queue_retry, QUEUE,
-                           "Send parked and waiting runs (REFs, or all) without waiting.",
-                           ("", "3e1f7d02")),
-    "queue rm": Command(run_queue_rm, QUEUE, "Remove entries (REFs) from the queue, unsent.",
-                        ("3e1f7d02",)),
-    "queue move": Command(run_queue_move, QUEUE,
-                          "Hand all waiting runs to another queue file, such as on a stick.",
-                          ("/media/stick/line3.queue",)),
-    "check": Command(run_check, QUEUE, "Is this station set up? The first command on a new one.",
-                     ("",)),
+    "ls": _command(run_ls, LIST, """List runs, newest first.
+$ --procedure-ids proc_abc --outcomes PASS --limit 50
+$ --started-after 24h --outcomes FAIL ERROR --format csv --out failures.csv
+$ --serial-numbers SN-0001 --fail-empty -q
+$ --started-after 7d --summary
+page and order:
+  all flag | all runs that match
+  page_size page | rows a request, 1 to 100 | 100
+output:
+  fail_empty flag | exit 4 when no run matches
+  summary flag | counts, yields, the serials that fail most, over all pages"""),
+    "get": _command(run_get, ID, """Show a run: verdict, phases, measurements, files.
+$ --id run_abc123
+$ --id run_abc123 --failed-only --logs
+$ --id run_abc123 --download evidence
+output:
+  failed_only flag | phases and measurements that failed
+  logs flag | the log lines too
+  download path | save all attachments in a folder | evidence
+  exit_status flag | exit 10 unless the run is PASS"""),
+    "create": _command(run_create, CREATE + SET + QUEUE, """\
+Create a run. The same command again is the same run.
+$ --outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at \
+2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z
+$ --body @run.json --attach report.pdf scope.png
+$ --body @run.json --queue line3.queue
+content:
+  body text | the whole request as JSON; flags override its fields | @run.json
+  attach path* | files to upload and link | report.pdf scope.png
+queue: / offline flag | store in the queue only: no network, no key"""),
+    "update": _command(run_update, OPERATIONS["update"].fields, """Link uploads to a run.
+$ --id run_abc --attachments att_1 att_2"""),
+    "update-metadata": _command(
+        run_update_metadata, OPERATIONS["update_metadata"].fields + SET, """\
+Set or delete keys of a run's metadata; the others stay.
+$ --id run_abc --metadata '{"shift":"A","temp":23.4}'
+$ --id run_abc --set shift=A --set lot=null"""),
+    "create-attachment": _command(run_create_attachment, ID + NAME, """\
+Attach a file to a run, or reserve a place for one.
+$ --id run_abc --file report.pdf
+$ --id run_abc --name report.pdf
+file: / file path | upload this file and link it; --name is then its own | report.pdf"""),
+    "rm": _command(run_rm, OPERATIONS["delete"].fields, """\
+Delete runs, with all that belongs to them.
+$ --ids run_a run_b
+$ --ids @old.txt --yes
+output: / yes flag | do not ask"""),
+    "attachments initialize": _command(run_initialize, NAME, """Make an upload that no run has yet.
+$ --name report.pdf"""),
+    "attachments finalize": _command(run_finalize, OPERATIONS["finalize"].fields, """\
+Close an upload whose bytes were PUT by hand.
+$ --id att_1"""),
+    "queue ls": _command(run_queue_ls, QUEUE, """\
+List the runs that wait, and those that the server refused (parked).
+$
+$ --queue line3.queue --sent
+output: / sent flag | receipts of the last 30 days too"""),
+    "queue get": _command(run_queue_get, QUEUE, """\
+Show an entry of the queue (REF); --json is its request, for create --body.
+$ 3e1f7d02
+$ 3e1f7d02 --json --out run.json
+output: / download path | save its attachments in a folder | evidence"""),
+    "queue send": _command(run_queue_send, QUEUE, """Send what is due, oldest first. For cron.
+$ --jitter 60
+$ --queue line3.queue
+queue: / jitter seconds | wait up to so long first: many stations share a minute | 60"""),
+    "queue retry": _command(lambda call: run_queue_send(call, call.words), QUEUE, """\
+Send parked and waiting runs (REFs, or all) without waiting.
+$
+$ 3e1f7d02"""),
+    "queue rm": _command(run_queue_rm, QUEUE, """Remove entries (REFs) from the queue, unsent.
+$ 3e1f7d02"""),
+    "queue move": _command(run_queue_move, QUEUE, """\
+Hand all waiting runs to another queue file, such as on a stick.
+$ /media/stick/line3.queue"""),
+    "check": _command(run_check, QUEUE, """\
+Is this station set up? The first command on a new one.
+$"""),
 }
 
 SUMMARY = f"""usage: {PROG} COMMAND [flags]    manual: {PROG} --help
@@ -3183,132 +3159,127 @@ queue
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that fills a command's flags when it is called, and raises what it finds."""
-    fill = None
-
-    def parse_known_args(self, args=None, namespace=None):
-        if self.fill:
-            fill, self.fill = self.fill, None
-            fill(self)
-        return super().parse_known_args(args, namespace)
-
-    def _get_option_tuples(self, option_string):
-        # no abbreviations; allow_abbrev=False would refuse -qv before 3.8
-        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
-
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            meant = closest(value, list(action.choices))
-            raise BadInput(f"there is no command {shown(value, 60)}",
-                           f"did you mean {meant}?" if meant else f"{PROG} --help lists them")
-
-    def error(self, message):
-        raise BadInput(message.replace("argument ", "", 1),
-                       "a value that begins with - needs =, such as --serial-numbers=-A1"
-                       if "expected" in message else f"see {PROG} --help")
-
-
 METAVARS = {"id": "ID", "duration": "DURATION", "time": "TIME", "when": "TIME", "seconds": "S",
             "record": "JSON", "metadata": "JSON", "object": "JSON", "integer": "N", "limit": "N",
-            "count": "N", "page": "N", "path": "FILE"}
+            "count": "N", "page": "N", "path": "FILE", "boolean": "[true|false]"}
 
 
-def add_flags(parser, fields):
-    """The flags of a table's rows, in groups. A flag that is not given is not in the result."""
-    groups = {}
-    for field in fields:
-        if field.group not in groups:
-            groups[field.group] = parser.add_argument_group(field.group)
-        name, more = flag(field.name), {"default": argparse.SUPPRESS, "dest": field.name}
-        if field.kind == "flag":
-            more["action"] = "store_true"
-        elif field.kind == "boolean":
-            more.update(nargs="?", const="true", metavar="true|false")
-        else:
-            more["metavar"] = METAVARS.get(field.kind) or (
-                field.name.rstrip("s").rpartition("_")[2].upper())
-            if field.many and not field.fields:
-                more.update(nargs="+", action="append")
-        text = field.help + (": " + " ".join(field.choices) if field.choices else "")
-        text += f"; e.g. {field.example}" if field.example and more.get("nargs") != "?" else ""
-        groups[field.group].add_argument(name, help=text.replace("%", "%%"), **more)
-        if more.get("nargs") == "+" and name.endswith("s"):     # the singular, accepted in silence
-            parser.add_argument(name[:-1], **dict(more, help=argparse.SUPPRESS))
+def help_text(path):
+    """The help of a command: one sentence, examples, flags in groups. Without one, the manual."""
+    if path not in COMMANDS:
+        inner = inner_commands(path)
+        lines = [f"usage: {PROG} {path} COMMAND [flags]", ""] + [
+            f"  {key:<24}{COMMANDS[key].sentence}" for key in inner]
+        return "\n".join(lines) + "\n" if " " in inner[0] else MANUAL
+    lines = [f"usage: {PROG} {path} [flags]", "", COMMANDS[path].sentence, ""] + [
+        f"  {PROG} {path}{line}" for line in COMMANDS[path].examples]
+    width, groups = min(100, terminal_width()) - 1, {}
+    for field in COMMANDS[path].fields + GLOBAL:
+        value = METAVARS.get(field.kind) or field.name.rstrip("s").rpartition("_")[2].upper()
+        value += f" [{value} ...]" if field.many and not field.fields else ""
+        head = f"  {flag(field.name)} " + (value if field.kind != "flag" else "")
+        text = field.help + (": " + " ".join(field.choices) if field.choices else "") + (
+            f"; e.g. {field.example}" if field.example and field.kind != "boolean" else "")
+        rows = groups.setdefault(field.group, ["", field.group + ":"])
+        rows += [head.ljust(29)] if len(head) < 30 else [head, " " * 29]
+        for word in text.split():
+            if len(rows[-1]) + len(word) >= width:
+                rows.append(" " * 29)
+            rows[-1] += " " + word
+    return "\n".join(sum(groups.values(), lines)) + "\n"
 
 
-def add_commands(parser, prefix, names):
-    """Subparsers, each with a function that gives it its flags, or its own subparsers, when used."""
-    tree = parser.add_subparsers(dest=prefix + "word", metavar="COMMAND", parser_class=Parser)
-    for name in names:
-        path = prefix + name
-        made = tree.add_parser(name, add_help=False, usage=f"{PROG} {path} [flags]",
-                               formatter_class=help_format)
-        made.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-        if path in COMMANDS:
-            made.set_defaults(entry=path)
-            made.fill = lambda parser, path=path: fill(parser, path)
-        elif name == "runs":
-            made.fill = lambda parser: add_commands(parser, "", [
-                key for key in COMMANDS if " " not in key and key != "check"])
-        else:
-            made.fill = lambda parser, path=path: add_commands(parser, path + " ", [
-                key.split()[1] for key in COMMANDS if key.startswith(path + " ")])
+def inner_commands(path):
+    """The commands that begin with these words; without such, those of one word."""
+    return [key for key in COMMANDS if key.startswith(path + " ")] or [
+        key for key in COMMANDS if " " not in key]
 
 
-def help_format(prog):
-    import shutil
-    return argparse.RawDescriptionHelpFormatter(
-        prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns) - 1)
+def next_command(path, word):
+    """The words of a command with one more."""
+    known = [key.rpartition(" ")[2] for key in inner_commands(path)]
+    known += [] if path else ["runs", "attachments", "queue"]
+    if path == "runs":
+        known.remove("check")
+    if word not in known:
+        meant = closest(word, known)
+        raise BadInput(f"there is no command {shown(word, 60)}",
+                       f"did you mean {meant}?" if meant else f"{PROG} --help lists them")
+    return word if path in ("", "runs") else f"{path} {word}"
 
 
-def fill(parser, path):
-    command = COMMANDS[path]
-    parser.description = f"{command.summary}\n\n" + "\n".join(
-        f"  {PROG} {path} {line}" for line in command.examples)
-    add_flags(parser, command.fields + GLOBAL)
+def is_value(word):
+    return word == "-" or not word.startswith("-")
 
 
 def parse(argv):
-    """(command's name, its flags, its plain words) of a command line; BadInput for what is wrong."""
-    root = Parser(prog=PROG, add_help=False)
-    root.format_help = lambda: MANUAL
-    root.add_argument("-h", "--help", action="help")
-    add_flags(root, GLOBAL)
-    add_commands(root, "", dict.fromkeys(["runs"] + [key.split()[0] for key in COMMANDS]))
-    args, words = root.parse_known_args(argv)
-    name = getattr(args, "entry", None)
-    for word in words:
-        if word.startswith("-") and word != "-":
-            word = word.partition("=")[0]
-            known = {flag(field.name): field
-                     for field in (COMMANDS[name].fields if name else ()) + GLOBAL}
-            meant = closest(word, list(known))
-            raise BadInput(f"unknown option {word[:60]}",
-                           f"did you mean {meant}? Example: {name or ''} {meant} "
-                           f"{known[meant].example}".rstrip() if meant
-                           else f"{PROG} {name or ''} --help lists them")
-    if not name:
-        inner = [key for key in COMMANDS if key.startswith(f"{getattr(args, 'word', None)} ")]
-        raise BadInput("a command is missing", "one of: " + ", ".join(
-            inner or [key for key in COMMANDS if " " not in key]))
-    if words and not name.startswith("queue "):
+    """(command, its flags, its plain words) of a command line; BadInput for what is wrong.
+
+    A flag's value is its word, the list of its words, or True where it takes none. No flags at all
+    (None): help is asked for.
+    """
+    rest, path, flags, words, unknown = collections.deque(argv), "", {}, [], None
+    known = {flag(field.name): field for field in GLOBAL}
+    while rest:
+        word = rest.popleft()
+        if is_value(word):
+            if path in COMMANDS:
+                words.append(word)
+            else:
+                path = next_command(path, word)
+                known.update((flag(field.name), field) for field in (
+                    COMMANDS[path].fields if path in COMMANDS else ()))
+            continue
+        if word in ("-h", "--help"):
+            return path, None, []
+        if len(word) > 2 and set(word[1:]) <= set("hqv"):
+            rest.extendleft("-" + letter for letter in reversed(word[1:]))
+            continue
+        word, equals, value = word.partition("=")
+        field = known.get(word) or known.get(word + "s")
+        if not field or word not in known and not field.many:   # of lists the singular too
+            unknown = unknown or word
+            continue
+        listed, values = field.many and not field.fields, [value] if equals else []
+        while (rest and is_value(rest[0]) and not equals and field.kind != "flag"
+               and (listed or not values)):
+            values.append(rest.popleft())
+        if equals and field.kind == "flag":
+            raise BadInput(f"{word} takes no value", f"see {PROG} --help")
+        if not values and field.kind not in ("flag", "boolean"):
+            raise BadInput(f"{word}: expected a value", "a value that begins with - needs =, such "
+                           "as --serial-numbers=-A1")
+        if listed:
+            flags.setdefault(field.name, []).extend(values)
+        else:
+            flags[field.name] = values[0] if values else field.kind == "flag" or "true"
+    if unknown:
+        meant = closest(unknown, list(known))
+        raise BadInput(f"unknown option {unknown[:60]}",
+                       f"did you mean {meant}? Example: {path} {meant} {known[meant].example}"
+                       if meant else f"{PROG} {path} --help lists them")
+    if path not in COMMANDS:
+        raise BadInput("a command is missing", "one of: " + ", ".join(inner_commands(path)))
+    if words and not path.startswith("queue "):
         raise BadInput(f"unexpected word {words[0][:60]}", "values follow their flag")
-    return name, args, words
+    return path, flags, words
 
 
 def execute(argv):
     """Runs a command line and writes its result. Returns the exit status."""
     if argv[:1] == ["help"]:
         argv = argv[1:] + ["--help"]
-    if argv == ["--help"] or argv == ["-h"] or argv == ["--version"]:
-        sys.stdout.write(version_text() if argv == ["--version"] else MANUAL)
+    if argv == ["--version"]:
+        sys.stdout.write(version_text())
         return 0
     if not argv:
         sys.stderr.write(SUMMARY)
         return 2
-    name, args, words = parse(argv)
-    call = Call(args, words, COMMANDS[name].fields + GLOBAL)
+    name, flags, words = parse(argv)
+    if flags is None:
+        sys.stdout.write(help_text(name))
+        return 0
+    call = Call(flags, words, COMMANDS[name].fields + GLOBAL)
     out, columns = call.get("out"), call.get("columns")
     columns = [path.strip() for path in columns.split(",")] if columns else None
     try:
@@ -3332,14 +3303,10 @@ def execute(argv):
 
 def write_file(path, result, *how):
     """Writes beside the file and renames at the end: what fails leaves the old file."""
-    part = f"{path}.{os.getpid()}.part"
-    try:
+    with part_of(path) as part:
         with open(part, "w", encoding="utf-8", newline="") as file:
             Screen(file, *how).write(result)
         replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
 
 
 def drop_stdout():
@@ -3352,7 +3319,6 @@ def drop_stdout():
 
 def prepare_streams():
     """stdout and stderr that exist and never fail on a character."""
-    import io
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -3360,6 +3326,7 @@ def prepare_streams():
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         elif hasattr(stream, "buffer"):
+            import io
             setattr(sys, name, io.TextIOWrapper(stream.buffer, stream.encoding,
                                                 "backslashreplace", line_buffering=True))
 
@@ -3381,11 +3348,10 @@ def main(argv=None):
         status = execute(argv)
         sys.stdout.flush()
         return status
-    except SystemExit as ended:         # argparse, after its help
-        return ended.code or 0
     except KeyboardInterrupt as error:
-        failure = Stopped("stopped by " + ("SIGTERM" if isinstance(error, Terminated) else "Ctrl-C"))
-        failure.exit_code = 143 if isinstance(error, Terminated) else 130
+        failure = Stopped("stopped by Ctrl-C")
+        if isinstance(error, Terminated):
+            failure.message, failure.exit_code = "stopped by SIGTERM", 143
     except OSError as error:
         drop_stdout()
         if error.errno in (errno.EPIPE, errno.EINVAL):
