@@ -205,26 +205,31 @@ def parse_time(text, now=None):
     return local.isoformat() + fraction.replace(",", ".") + offset.upper()
 
 
+def moment(text):
+    """(whole second in UTC, further digits) of a time with offset."""
+    *parts, fraction, offset = re.fullmatch(_TIME, text).groups("")
+    when = datetime.datetime(*(int(part or 0) for part in parts), tzinfo=_UTC)
+    if offset not in "Zz":
+        minutes = int(offset[1:3]) * 60 + int(offset[-2:])
+        when -= datetime.timedelta(minutes=minutes if offset[0] == "+" else -minutes)
+    return when, fraction[1:].rstrip("0")
+
+
 def instant(text):
     """The instant of a time with offset, in UTC, one spelling for one instant.
 
     >>> instant("2026-05-19T08:00:00.2500+02:00")
     '2026-05-19T06:00:00.25Z'
     """
-    *parts, fraction, offset = re.fullmatch(_TIME, text).groups("")
-    when = datetime.datetime(*(int(part or 0) for part in parts))
-    if offset not in "Zz":
-        minutes = int(offset[1:3]) * 60 + int(offset[-2:])
-        when -= datetime.timedelta(minutes=minutes if offset[0] == "+" else -minutes)
-    return when.isoformat() + fraction.replace(",", ".").rstrip("0").rstrip(".") + "Z"
+    when, digits = moment(text)
+    return when.isoformat()[:19] + (digits and "." + digits) + "Z"
 
 
 def epoch(text):
     """Seconds since 1970 of a time with offset, or None for anything else."""
     try:
-        whole, _, fraction = instant(text)[:-1].partition(".")
-        when = datetime.datetime(*map(int, re.split("[-T:]", whole)), tzinfo=_UTC)
-        return when.timestamp() + float(f"0.{fraction or 0}")
+        when, digits = moment(text)
+        return when.timestamp() + float(f"0.{digits or 0}")
     except (AttributeError, TypeError, ValueError, OverflowError):
         return None
 
@@ -264,11 +269,11 @@ def seconds_text(total):
     if total < 59.95:
         return f"{total:.3g}s"
     total = round(total)
-    parts = [(total // 86400, "d"), (total // 3600 % 24, "h"), (total // 60 % 60, "m"),
-             (total % 60, "s")]
-    while not parts[0][0]:
+    parts = [f"{total // 86400}d", f"{total // 3600 % 24}h", f"{total // 60 % 60}m",
+             f"{total % 60}s"]
+    while parts[0][0] == "0":
         parts.pop(0)
-    return " ".join(f"{count}{unit}" for count, unit in parts[:2] if count)
+    return " ".join(part for part in parts[:2] if part[0] != "0")
 
 
 def size_text(size):
@@ -536,7 +541,7 @@ def must(holds, why):
         raise ValueError(why)
 
 
-_TEXT = ("text", "serial", "id", "identifier", "name", "enum", "time", "when", "duration")
+_TEXT = "text serial id identifier name enum time when duration".split()
 _BOUNDS = {"integer": (-math.inf, math.inf), "count": (0, math.inf), "limit": (1, math.inf),
            "page": (1, 100)}
 
@@ -799,7 +804,6 @@ def find_login(url=None, api_key=None, source="api_key", allow_http=False, warn=
 
 # ---- transport -----------------------------------------------------------------------------------
 
-Request = collections.namedtuple("Request", "method path query body answers")
 Answer = collections.namedtuple("Answer", "status headers data")
 
 
@@ -1100,20 +1104,6 @@ def issue_text(issue):
 
 # ---- client --------------------------------------------------------------------------------------
 
-def build_request(operation, wire):
-    """Request for checked values: each where its operation has it (path, query or JSON body)."""
-    from urllib.parse import quote
-    method, path, _, answers = OPERATIONS[operation]
-    rest = {key: value for key, value in wire.items() if "{id}" not in path or key != "id"}
-    path = path.replace("{id}", quote(wire.get("id", ""), safe=""))
-    if method in ("POST", "PATCH"):     # finalize has no body at all
-        return Request(method, path, (), rest if operation != "finalize" else None, answers)
-    return Request(method, path, tuple(
-        (key, item if isinstance(item, str) else dump_json(item))
-        for key, value in rest.items()
-        for item in (value if isinstance(value, list) else [value])), None, answers)
-
-
 class Client:
     """The operations on runs, with the names and arguments of the official SDK.
 
@@ -1226,9 +1216,8 @@ class Client:
     def call(self, operation, values):
         """The values checked, sent and answered."""
         wire = check(operation, values)
-        request = build_request(operation, wire)
         try:
-            return self.perform(lambda resend: self.send(request, resend),
+            return self.perform(lambda resend: self.send(operation, wire, resend),
                                 operation != "create_attachment")
         except NotFound as error:
             id = wire.get("id")
@@ -1241,13 +1230,21 @@ class Client:
                     "copy the whole ID; ls -q prints bare IDs")
             raise
 
-    def send(self, request, resend=True):
+    def send(self, operation, wire, resend=True):
         """One exchange with the API: the JSON object of its answer."""
-        from urllib.parse import urlencode
-        url = f"{self.login.url}/api{request.path}"
-        url += "?" + urlencode(request.query) if request.query else ""
+        from urllib.parse import quote, urlencode
+        method, path, _, answers = OPERATIONS[operation]
+        url = f"{self.login.url}/api" + path.replace("{id}", quote(wire.get("id", ""), safe=""))
+        rest = {key: value for key, value in wire.items() if "{id}" not in path or key != "id"}
+        writes, body, content = method in ("POST", "PATCH"), None, None
+        if writes and operation != "finalize":      # that has no body at all
+            body, content = rest, dump_json(rest).encode("ascii")
+        elif rest:
+            url += "?" + urlencode([(key, item if isinstance(item, str) else dump_json(item))
+                                    for key, value in rest.items()
+                                    for item in (value if isinstance(value, list) else [value])])
         if self.plan:
-            return self.plan(request.method, url, request.body)
+            return self.plan(method, url, body)
         if not self.login.key:
             raise AccessDenied(
                 "no API key. Looked at TOFUPILOT_API_KEY, --api-key-file,\n"
@@ -1256,14 +1253,13 @@ class Client:
                 "variables: use --api-key-file there")
         headers = {"Authorization": "Bearer " + self.login.key, "Accept": "application/json",
                    "User-Agent": f"tofupilot_runs/{__version__} Python/{sys.version.split()[0]}"}
-        content = None if request.body is None else dump_json(request.body).encode("ascii")
         if content:
             headers["Content-Type"] = "application/json"
-        if request.method in ("POST", "PATCH"):
+        if writes:
             headers["Content-Length"] = str(len(content or b""))
-        answer = self.transport.exchange(request.method, url, headers, content, resend=resend)
+        answer = self.transport.exchange(method, url, headers, content, resend=resend)
         try:
-            return read_answer(answer, url, request.answers)
+            return read_answer(answer, url, answers)
         except Error as error:      # a server may say the key that it got
             error.message = error.message.replace(self.login.key, "(the key)")
             error.issues = [issue.replace(self.login.key, "(the key)") for issue in error.issues]
@@ -1313,7 +1309,7 @@ class Client:
         `first_try`: when (time.time()) an earlier attempt may have arrived, None for never; then
         it looks before it sends. `taken`: IDs of runs that are known to be others.
         """
-        request, since = build_request("create", body), first_try or time.time()
+        since = first_try or time.time()
 
         def look():
             try:
@@ -1325,7 +1321,7 @@ class Client:
                 raise
         found = look() if first_try else None
         try:
-            return found or self.perform(lambda _: self.send(request, False), look=look)
+            return found or self.perform(lambda _: self.send("create", body, False), look=look)
         except Unavailable as error:
             if error.sent and error.status is None:
                 error.message += "\nthe run may be stored or not"
@@ -2118,10 +2114,9 @@ class Result:
 
 RUN_COLUMNS = (("ID", "id"), ("OUTCOME", "outcome"), ("SERIAL", "unit.serial_number"),
                ("PROCEDURE", "procedure.name"), ("STARTED", "started_at"))
-CSV_COLUMNS = ("id", "outcome", "unit.serial_number", "unit.part.number",
-               "unit.part.revision.number", "unit.batch.number", "procedure.id", "procedure.name",
-               "procedure.version.tag", "started_at", "ended_at", "duration",
-               "created_by_station.name", "operated_by.name")
+CSV_COLUMNS = """id outcome unit.serial_number unit.part.number unit.part.revision.number
+    unit.batch.number procedure.id procedure.name procedure.version.tag started_at ended_at
+    duration created_by_station.name operated_by.name""".split()
 COLOURS = {"PASS": 32, "FAIL": 31, "ERROR": 35, "TIMEOUT": 35, "ABORTED": 33, "SKIP": 33,
            "UNSET": 33}
 
@@ -2193,15 +2188,13 @@ class Screen:
                     keep, widths = fit([titles] + table, columns, self.width)
                     table.insert(0, titles)
                 for line in table:
-                    self.write_line([line[i] for i in keep], widths)
+                    line = [line[i] for i in keep]
+                    if self.tty:
+                        line = [cut(text, width) for text, width in zip(line, widths)]
+                        line[-1] = line[-1].rstrip()
+                    self.stream.write(("  " if self.tty else "\t").join(
+                        map(self.paint, line)) + "\n")
             self.stream.flush()
-
-    def write_line(self, cells, widths):
-        if self.tty:
-            cells = [cut(text, width) for text, width in zip(cells, widths)]
-            cells[-1] = cells[-1].rstrip()
-            cells = [self.paint(text) for text in cells]
-        self.stream.write(("  " if self.tty else "\t").join(cells) + "\n")
 
     def paint(self, text):
         """An outcome in its colour, anything else as it is."""
@@ -2339,13 +2332,12 @@ def report(run, screen, link, failed_only, logs):
         if value:
             yield f"{title:<10} {value}"
     yield from phase_lines(dicts(run.get("phases")), screen.paint, failed_only)
-    rows = dicts(run.get("attachments"))
-    yield from section(f"ATTACHMENTS  {len(rows)}", [
-        f"{shown(row.get('name'))}  {size_text(row.get('size'))}  {shown(row.get('id'))}"
-        for row in rows])
-    rows = dicts(run.get("sub_units"))
-    yield from section(f"SUB-UNITS    {len(rows)}", [
-        f"{shown(row.get('serial_number'))}  ({shown(row.get('part_number'))})" for row in rows])
+    lines = [f"{shown(row.get('name'))}  {size_text(row.get('size'))}  {shown(row.get('id'))}"
+             for row in dicts(run.get("attachments"))]
+    yield from section(f"ATTACHMENTS  {len(lines)}", lines)
+    lines = [f"{shown(row.get('serial_number'))}  ({shown(row.get('part_number'))})"
+             for row in dicts(run.get("sub_units"))]
+    yield from section(f"SUB-UNITS    {len(lines)}", lines)
     rows = dicts(run.get("logs"))
     lines = ["{timestamp}  {level:<8}  {message}  ({source_file}:{line_number})".format(
         **{key: shown(row.get(key)) for key in ("timestamp", "level", "message", "source_file",
@@ -3159,9 +3151,9 @@ queue
 """
 
 
-METAVARS = {"id": "ID", "duration": "DURATION", "time": "TIME", "when": "TIME", "seconds": "S",
-            "record": "JSON", "metadata": "JSON", "object": "JSON", "integer": "N", "limit": "N",
-            "count": "N", "page": "N", "path": "FILE", "boolean": "[true|false]"}
+METAVARS = dict(pair.split("=") for pair in """id=ID duration=DURATION time=TIME when=TIME
+    seconds=S record=JSON metadata=JSON object=JSON integer=N limit=N count=N page=N path=FILE
+    boolean=[true|false]""".split())
 
 
 def help_text(path):
@@ -3222,13 +3214,13 @@ def parse(argv):
     known = {flag(field.name): field for field in GLOBAL}
     while rest:
         word = rest.popleft()
+        if is_value(word) and path in COMMANDS:
+            words.append(word)
+            continue
         if is_value(word):
-            if path in COMMANDS:
-                words.append(word)
-            else:
-                path = next_command(path, word)
-                known.update((flag(field.name), field) for field in (
-                    COMMANDS[path].fields if path in COMMANDS else ()))
+            path = next_command(path, word)
+            fields = COMMANDS[path].fields if path in COMMANDS else ()
+            known.update((flag(field.name), field) for field in fields)
             continue
         if word in ("-h", "--help"):
             return path, None, []
@@ -3241,8 +3233,8 @@ def parse(argv):
             unknown = unknown or word
             continue
         listed, values = field.many and not field.fields, [value] if equals else []
-        while (rest and is_value(rest[0]) and not equals and field.kind != "flag"
-               and (listed or not values)):
+        takes = 0 if equals or field.kind == "flag" else len(rest) if listed else 1
+        while rest and is_value(rest[0]) and len(values) < takes:
             values.append(rest.popleft())
         if equals and field.kind == "flag":
             raise BadInput(f"{word} takes no value", f"see {PROG} --help")
@@ -3255,9 +3247,10 @@ def parse(argv):
             flags[field.name] = values[0] if values else field.kind == "flag" or "true"
     if unknown:
         meant = closest(unknown, list(known))
+        example = meant and f"{path} {meant} {known[meant].example}".strip()
         raise BadInput(f"unknown option {unknown[:60]}",
-                       f"did you mean {meant}? Example: {path} {meant} {known[meant].example}"
-                       if meant else f"{PROG} {path} --help lists them")
+                       f"did you mean {meant}? Example: {example}" if meant
+                       else f"{PROG} {path} --help lists them")
     if path not in COMMANDS:
         raise BadInput("a command is missing", "one of: " + ", ".join(inner_commands(path)))
     if words and not path.startswith("queue "):
@@ -3279,6 +3272,7 @@ def execute(argv):
     if flags is None:
         sys.stdout.write(help_text(name))
         return 0
+    catch_sigterm()
     call = Call(flags, words, COMMANDS[name].fields + GLOBAL)
     out, columns = call.get("out"), call.get("columns")
     columns = [path.strip() for path in columns.split(",")] if columns else None
@@ -3299,6 +3293,15 @@ def execute(argv):
     finally:
         call.clients.close()
     return result.status
+
+
+def catch_sigterm():
+    import signal
+
+    def terminated(*_):
+        raise Terminated
+    with contextlib.suppress(ValueError):       # not in the main thread
+        signal.signal(signal.SIGTERM, terminated)
 
 
 def write_file(path, result, *how):
@@ -3334,16 +3337,10 @@ def prepare_streams():
 def main(argv=None):
     """The command line. Returns the exit status."""
     import errno
-    import signal
     prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if sys.version_info < (3, 7):       # without a locale it reads argv as ASCII
         argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in argv]
-
-    def terminated(*_):
-        raise Terminated
-    with contextlib.suppress(ValueError):       # not in the main thread
-        signal.signal(signal.SIGTERM, terminated)
     try:
         status = execute(argv)
         sys.stdout.flush()
