@@ -24,8 +24,10 @@ import errno
 import functools
 import glob
 import hashlib
+import heapq
 import hmac
 import http.client
+import importlib
 import io
 import itertools
 import json
@@ -59,10 +61,10 @@ from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote, unquote_plus, urlsplit
 from unittest import mock
-from urllib.request import Request as WebRequest, urlopen
+from urllib.request import ProxyHandler, Request as WebRequest, build_opener, urlopen
 
 
-# ---- sandbox: schema ---------------------------------------------------------------------------
+# ---- sandbox: schema -----------------------------------------------------------------------------
 # A kind is a function kind(check, path, value): it returns the value as the store wants it, and
 # tells check.fail what is wrong. Tables of (name, kind, rule) make the objects: R is required,
 # O optional, N optional or null, X forbidden. Times and durations become milliseconds.
@@ -479,7 +481,7 @@ def show_details(run):
             "phases": phases, "sequences": sequences, "logs": logs}
 
 
-# ---- sandbox: store ----------------------------------------------------------------------------
+# ---- sandbox: store ------------------------------------------------------------------------------
 
 TABLES = """BEGIN;
 CREATE TABLE settings (name PRIMARY KEY, value);
@@ -898,7 +900,7 @@ def example_run(id, start):
                   "source_file": "main.py", "line_number": 12}]}
 
 
-# ---- sandbox: http -----------------------------------------------------------------------------
+# ---- sandbox: http -------------------------------------------------------------------------------
 
 MAX_BODY, BLOCK = 64 << 20, 64 << 10
 CODES = {408: "TIMEOUT", 413: "PAYLOAD_TOO_LARGE", 422: "UNPROCESSABLE_CONTENT"}
@@ -1256,7 +1258,7 @@ class Sandbox(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return SimpleNamespace(kind=kind, after=FAULTS[kind][0], options=FAULTS[kind][1])
 
 
-# ---- serve -------------------------------------------------------------------------------------
+# ---- serve ---------------------------------------------------------------------------------------
 
 def serve(argv):
     """A sandbox until Ctrl-C -> exit status. Its first lines can be pasted into a shell."""
@@ -1292,15 +1294,45 @@ def serve(argv):
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SCRIPT = os.path.join(HERE, "tofupilot_runs.py")
-CREATE = ("create --outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at "
-          "2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z").split()
+sys.path.insert(0, HERE)
+runs = importlib.import_module("tofupilot_runs")
+
+POSIX = os.name == "posix"
+PYENV = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
+BEGIN, END = "2026-05-19T08:00:00Z", "2026-05-19T08:00:42Z"
+BODY = {"outcome": "PASS", "procedure_id": "proc_abc", "serial_number": "SN-0001",
+        "started_at": BEGIN, "ended_at": END}
+UNIT = "create --outcome PASS --procedure-id proc_abc --serial-number SN-0001".split()
+CREATE = UNIT + ["--started-at", BEGIN, "--ended-at", END]      # the same as a command line
+NOBODY = "11111111-2222-4333-8444-555555555555"     # an ID that no run has
+CLOSED = "http://127.0.0.1:1"                       # where nobody answers
+ANY, ONCE = "* .*", ("--retries", "0")
+WORLD = "Zoë 測試 \U0001f600"
+
+
+def create(serial, *more, outcome="PASS", procedure="proc_abc"):
+    """The command line of a create."""
+    words = CREATE[:]
+    words[2], words[4], words[6] = outcome, procedure, serial
+    return words + list(more)
+
+
+def content(path):
+    """The bytes of a file, {name: content} of a folder, None where nothing is."""
+    if os.path.isdir(path):
+        return {name: content(os.path.join(path, name)) for name in os.listdir(path)}
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            return file.read()
+    return None
 
 
 class Ran:
-    """What one process of the script did: exit status, and text of stdout and stderr."""
+    """What a process of the script (or its main) did: exit status, text of stdout and stderr."""
 
-    def __init__(self, status, out, err):
-        self.status, self.out, self.err = status, out, err
+    def __init__(self, status, *streams):
+        self.status = status
+        self.out, self.err = ((data or b"").decode("utf-8", "replace") for data in streams)
 
     @property
     def json(self):
@@ -1317,8 +1349,12 @@ class Ran:
 
 
 class Case(unittest.TestCase):
-    """A test with a folder of its own, that is also its home, and a sandbox if it asks for one."""
-    options = None      # keyword arguments of the Sandbox, None for no sandbox
+    """A test with a sandbox, in a folder of its own, that is also its home.
+
+    Commands run in a process (run_script, ok, fails) or, quicker and where things are patched,
+    in this one (inside, ends).
+    """
+    options, maxDiff = {}, None     # keyword arguments of the Sandbox
 
     def setUp(self):
         self.folder = tempfile.mkdtemp(prefix="tofupilot-test-")
@@ -1326,132 +1362,140 @@ class Case(unittest.TestCase):
         self.env = {key: value for key, value in os.environ.items()
                     if not key.startswith(("TOFUPILOT_", "PYTHON")) and not key.lower().endswith(
                         "_proxy") and key not in ("COLUMNS", "NO_COLOR", "REQUEST_METHOD")}
+        self.box = Sandbox(**self.options)
+        self.addCleanup(self.box.close)
         self.env.update(TOFUPILOT_HOME=os.path.join(self.folder, "home"), HOME=self.folder,
-                        USERPROFILE=self.folder, PYTHONIOENCODING="utf-8")
-        if self.options is not None:
-            self.box = Sandbox(**self.options)
-            self.box.__enter__()
-            self.addCleanup(self.box.__exit__, None, None, None)
-            self.env.update(TOFUPILOT_URL=self.box.url, TOFUPILOT_API_KEY=self.box.user_key)
-
-    def start(self, *args, **more):
-        """A process of the script that runs in the test's folder."""
-        env = dict(self.env, **more.pop("env", {}))
-        return subprocess.Popen([sys.executable, "-I", "-S", "-W", "error", SCRIPT] + list(args),
-                                stdin=more.pop("stdin", subprocess.PIPE), stdout=more.pop(
-                                    "stdout", subprocess.PIPE), stderr=subprocess.PIPE,
-                                cwd=self.folder, env=env, **more)
-
-    def run_script(self, *args, **more):
-        """Runs the script to its end -> Ran. `input`: bytes for stdin."""
-        data = more.pop("input", b"")
-        with self.start(*args, **more) as process:
-            try:
-                out, err = process.communicate(data, 60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-        return Ran(process.returncode, (out or b"").decode("utf-8", "replace"),
-                   err.decode("utf-8", "replace"))
-
-    def ok(self, *args, **more):
-        """Runs the script, which must succeed -> Ran."""
-        ran = self.run_script(*args, **more)
-        self.assertEqual(ran.status, 0, ran)
-        return ran
-
-    def fails(self, status, *args, **more):
-        """Runs the script, which must end so, and without a traceback -> Ran."""
-        ran = self.run_script(*args, **more)
-        self.assertEqual(ran.status, status, ran)
-        self.assertNotIn("Traceback", ran.err)
-        return ran
-
-    def file(self, name, content=b"content\n"):
-        path = os.path.join(self.folder, name)
-        with open(path, "wb") as out:
-            out.write(content)
-        return path
-
-
-def load_script():
-    """The script as a module, from beside this file."""
-    sys.path.insert(0, HERE)
-    import tofupilot_runs
-    return tofupilot_runs
-
-
-runs = load_script()
-
-
-# ---- tests: the command line, the wire, the module -----------------------------------------------
-
-GLOBAL_FLAGS = ("--json --format --columns --out -q -v --dry-run --url --api-key-file --ca-cert "
-                "--timeout --retries --allow-http")
-API_FLAGS = {   # what the official command line and the newest API have
-    "ls": "--search-query --ids --outcomes --procedure-ids --procedure-versions --serial-numbers "
-          "--samples --part-numbers --revision-numbers --batch-numbers --duration-min "
-          "--duration-max --started-after --started-before --ended-after --ended-before "
-          "--created-after --created-before --created-by-user-ids --created-by-station-ids "
-          "--operated-by-ids --limit --cursor --sort-by --sort-order --metadata "
-          "--include-metadata --deployment-ids --environments --execution-ids --slot-keys "
-          "--slot-names --operated-by-names --include-sequences",
-    "create": "--outcome --procedure-id --started-at --ended-at --serial-number --deployment-id "
-              "--procedure-version --operated-by --part-number --revision-number --batch-number "
-              "--sub-units --docstring --phases --logs --metadata --unit-metadata --secrets "
-              "--client-run-ref --execution-id --slot-key --slot-name --sequences --config",
-    "get": "--id", "update": "--id --attachments", "update-metadata": "--id --metadata",
-    "create-attachment": "--id --name", "rm": "--ids", "attachments initialize": "--name",
-    "attachments finalize": "--id"}
-OWN_FLAGS = {
-    "ls": "--all --page-size --fail-empty --summary", "rm": "--yes", "update-metadata": "--set",
-    "get": "--failed-only --logs --download --exit-status", "create-attachment": "--file",
-    "create": "--set --body --attach --queue --offline"}
-NOBODY = "11111111-2222-4333-8444-555555555555"     # an ID that no run has
-UNIT = "create --outcome PASS --procedure-id proc_abc --serial-number SN-0001".split()
-LINE = UNIT + "--started-at 2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z".split()
-BEGIN, END = "2026-05-19T08:00:00Z", "2026-05-19T08:00:42Z"
-BODY = {"outcome": "PASS", "procedure_id": "proc_abc", "serial_number": "SN-0001",
-        "started_at": BEGIN, "ended_at": END}
-PLAIN_REF = "fa2cc2a9305be0aefd351a9094424f25504d6b294ff8bfc4fcf2d20a6d627727"
-FULL_REF = "f7e76d59b3a25def63efd3fd85d830a37f493cae4719bbcb63aeea583e993708"
-WORLD = "Zoë 測試 \U0001f600"
-
-
-class Served(Case):
-    """A test in its own folder with a sandbox, and short ways to run the script against it."""
-    options, maxDiff = {}, None
-
-    def setUp(self):
-        super().setUp()
+                        USERPROFILE=self.folder, PYTHONIOENCODING="utf-8",
+                        TOFUPILOT_URL=self.box.url, TOFUPILOT_API_KEY=self.box.user_key)
         patched = mock.patch.dict(os.environ, self.env, clear=True)
         patched.start()
         self.addCleanup(patched.stop)
         self.addCleanup(os.chdir, os.getcwd())
         os.chdir(self.folder)
 
-    def start(self, *args, **more):
-        """Words go as UTF-8: before 3.7 Python takes them for ASCII where there is no locale."""
-        return super().start(*(arg if os.name == "nt" or isinstance(arg, bytes) else arg.encode(
-            "utf-8", "surrogateescape") for arg in args), **more)
+    # -- commands
 
-    def inside(self, *args, tty=False, input=b""):
+    def popen(self, *words, env=(), **more):
+        """A process in the test's folder. Words go as UTF-8: 3.6 takes them for ASCII in C."""
+        process = subprocess.Popen(
+            [word.encode("utf-8", "surrogateescape") if POSIX and isinstance(word, str) else word
+             for word in words], env=dict(self.env, **dict(env)), cwd=self.folder,
+            **dict(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **more))
+        self.addCleanup(process.kill)
+        return process
+
+    def start(self, *args, **more):
+        """A process of the script."""
+        return self.popen(sys.executable, "-I", "-S", "-W", "error", SCRIPT, *args, **more)
+
+    def ended(self, process, status=None, input=b""):
+        """The Ran of a process, which must come to its end (with this status) -> Ran."""
+        with process:
+            try:
+                ran = Ran(None, *process.communicate(input, 60))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        ran.status = process.returncode
+        self.assertNotIn("Traceback", ran.err)
+        self.assertEqual(ran.status, ran.status if status is None else status, (process.args, ran))
+        return ran
+
+    def run_script(self, *args, status=None, input=b"", **more):
+        """Runs the script to its end -> Ran."""
+        return self.ended(self.start(*args, **more), status, input)
+
+    def ok(self, *args, **more):
+        """Runs the script, which must succeed -> Ran."""
+        return self.run_script(*args, status=0, **more)
+
+    def fails(self, status, *args, **more):
+        """Runs the script, which must end so -> Ran."""
+        return self.run_script(*args, status=status, **more)
+
+    def inside(self, *args, tty=False, input=b"", env=()):
         """main() in this process, its waits between tries made short -> Ran."""
         stream = type("Stream", (io.BytesIO,), {"isatty": lambda self: tty})
         raw = stream(), stream(), io.BytesIO(input)
         out, err, stdin = (io.TextIOWrapper(data, "utf-8") for data in raw)
         if sys.version_info < (3, 7):
             args = [os.fsdecode(arg.encode("utf-8", "surrogateescape")) for arg in args]
-        self.addCleanup(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        handler = signal.getsignal(signal.SIGTERM)
         with mock.patch.multiple(sys, stdout=out, stderr=err, stdin=stdin), \
-                mock.patch.object(runs, "delay", lambda *a, **k: 0.001):
-            status = runs.main(list(args))
-            return Ran(status, *(data.getvalue().decode("utf-8") for data in raw[:2]))
+                mock.patch.dict(os.environ, dict(self.env, **dict(env)), clear=True), \
+                mock.patch.object(runs, "delay", lambda *a, **k: 0.001), \
+                warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)    # of the sandbox's connections
+            try:
+                return Ran(runs.main(list(args)), *(data.getvalue() for data in raw[:2]))
+            finally:
+                signal.signal(signal.SIGTERM, handler)
+
+    def ends(self, status, *args, **more):
+        """inside(), which must end so, in order -> Ran."""
+        ran = self.inside(*args, **more)
+        self.assertEqual(ran.status, status, (args, more, ran))
+        return self.orderly(ran)
+
+    def orderly(self, ran):
+        self.assertNotRegex(ran.err, r"Traceback|unexpected \w+:|Exception|Warning")
+        self.assertLessEqual(ran.err.count("error:"), 1)
+        return ran
+
+    def terminal(self, *args, answer=b"", **env):
+        """Runs the script on a terminal of 80 columns and types the answer -> (status, text)."""
+        import pty
+        master, slave = pty.openpty()
+        text = b""
+        env = dict({"COLUMNS": "80", "TERM": "xterm"}, **env)
+        with self.popen(sys.executable, "-I", "-S", SCRIPT, *args, stdin=slave, stdout=slave,
+                        stderr=slave, env=env) as process:
+            os.close(slave)
+            os.write(master, answer)
+            with contextlib.suppress(OSError):      # Linux: EIO at the end
+                for block in iter(lambda: os.read(master, 65536), b""):
+                    text += block
+            os.close(master)
+        return process.returncode, text.decode("utf-8").replace("\r\n", "\n")
+
+    # -- what is here and what is on the server
+
+    def file(self, name, content=b"content\n"):
+        """The path of a new file in the test's folder."""
+        path = os.path.join(self.folder, name)
+        with open(path, "wb") as out:
+            out.write(content)
+        return path
 
     def client(self, **more):
         client = runs.Client(self.box.url, self.box.user_key, **more)
         self.addCleanup(client.close)
         return client
+
+    def made(self, **fields):
+        """The ID of a run that another client created."""
+        id = self.client().create(**dict(BODY, **fields))["id"]
+        del self.box.requests[:]
+        return id
+
+    def put(self, run_id, name, data):
+        """Attaches a file as another client does."""
+        made = self.client().create_attachment(run_id, name)
+        urlopen(WebRequest(made["upload_url"], data, {"Content-Type": "x/y"}, method="PUT")).close()
+        self.client().finalize(made["id"])
+
+    def whole(self):
+        """What get answers for a run that has something in every field."""
+        id = self.made(**REPORTED)
+        self.put(id, "a.txt", b"x")
+        return dict(self.client().get(id), sub_units=[{"serial_number": "S", "part_number": "P"}])
+
+    def attached(self, run_id):
+        return [row["name"] for row in self.client().get(run_id)["attachments"]]
+
+    def stored(self):
+        """IDs of all runs on the server."""
+        return [row["id"] for row in self.box.store.all("SELECT id FROM runs ORDER BY n")]
 
     def sent(self, *methods):
         """(method, path, query, body) of what arrived since the last time, or of these methods."""
@@ -1462,47 +1506,38 @@ class Served(Case):
         del self.box.requests[:]
         return found
 
-    def stored(self):
-        """IDs of all runs on the server."""
-        return [row["id"] for row in self.box.store.all("SELECT id FROM runs ORDER BY n")]
+    def says(self, match, body, status=200, times=None, **headers):
+        """Requests that match get this answer, the others theirs."""
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        if isinstance(body, bytes):
+            headers.setdefault("Content-Type", "application/json")
+        self.box.calm()
+        self.box.fault("status", match, times=times, status=status, body=body, headers=headers)
 
-    def made(self, **fields):
-        """The ID of a run that another client created."""
-        id = self.client().create(**dict(BODY, **fields))["id"]
-        del self.box.requests[:]
-        return id
+    def shows(self, url, **more):
+        """get answers a run with one attachment at this URL; /storage/x has 4 bytes."""
+        self.says("GET /v2/runs/{id}", {"id": "a", "attachments": [dict(
+            FILE, download_url=url, **more)]})
+        self.box.fault("status", "GET /storage/x", times=None, status=200, body=b"data")
 
-    def attached(self, run_id):
-        return [row["name"] for row in self.client().get(run_id)["attachments"]]
 
-    def put(self, run_id, name, data):
-        """Attaches a file as another client does."""
-        made = self.client().create_attachment(run_id, name)
-        urlopen(WebRequest(made["upload_url"], data, {"Content-Type": "x/y"}, method="PUT")).close()
-        self.client().finalize(made["id"])
+# ---- tests: the command line, the wire, the module -----------------------------------------------
 
-    def content(self, folder):
-        """{name: bytes} of a folder's files."""
-        found = {}
-        for name in os.listdir(folder):
-            with open(os.path.join(folder, name), "rb") as file:
-                found[name] = file.read()
-        return found
+GLOBAL_FLAGS = ("--json --format --columns --out -q -v --dry-run --url --api-key-file --ca-cert "
+                "--timeout --retries --allow-http")
+COMMANDS_OF_API = ("ls", "get", "create", "update", "update-metadata", "create-attachment", "rm",
+                   "attachments initialize", "attachments finalize")     # as ROUTES
+OWN_FLAGS = {
+    "ls": "--all --page-size --fail-empty --summary", "rm": "--yes", "update-metadata": "--set",
+    "get": "--failed-only --logs --download --exit-status", "create-attachment": "--file",
+    "create": "--set --body --attach --queue --offline"}
+PLAIN_REF = "fa2cc2a9305be0aefd351a9094424f25504d6b294ff8bfc4fcf2d20a6d627727"
+FULL_REF = "f7e76d59b3a25def63efd3fd85d830a37f493cae4719bbcb63aeea583e993708"
 
-    def terminal(self, *args, answer=b"", **env):
-        """Runs the script on a terminal of 80 columns and types the answer -> (status, text)."""
-        import pty
-        master, slave = pty.openpty()
-        env, text = dict(self.env, **dict({"COLUMNS": "80", "TERM": "xterm"}, **env)), b""
-        with subprocess.Popen([sys.executable, "-I", "-S", SCRIPT] + list(args), stdin=slave,
-                              stdout=slave, stderr=slave, env=env) as process:
-            os.close(slave)
-            os.write(master, answer)
-            with contextlib.suppress(OSError):      # Linux: EIO at the end
-                for block in iter(lambda: os.read(master, 65536), b""):
-                    text += block
-            os.close(master)
-        return process.returncode, text.decode("utf-8").replace("\r\n", "\n")
+
+def flag_of(field):
+    """The flag of a field of ROUTES."""
+    return "--" + field[0].replace("_", "-")
 
 
 class FlagsAndHelp(Case):
@@ -1511,11 +1546,11 @@ class FlagsAndHelp(Case):
         self.assertEqual((result.failed, result.attempted > 10), (0, True))
 
     def test_every_flag_of_the_api_is_there_and_no_other_than_these(self):
-        for command, official in API_FLAGS.items():
-            text = self.ok(*command.split() + ["--help"]).out
+        for command, route in zip(COMMANDS_OF_API, ROUTES):
+            text = self.ok(*command.split(), "--help").out
             found = set(re.findall(r"^ +(--?[a-z-]+)", text, re.M)) - {"--help", "-h"}
-            expected = f"{official} {OWN_FLAGS.get(command, '')} {GLOBAL_FLAGS}".split()
-            self.assertEqual(sorted(found), sorted(expected), command)
+            own = f"{OWN_FLAGS.get(command, '')} {GLOBAL_FLAGS}".split()
+            self.assertEqual(found, set(own) | set(map(flag_of, route[2])), command)
 
     def test_help_tells_groups_meaning_values_and_an_example_of_each_flag(self):
         text = self.ok("ls", "--help").out
@@ -1536,8 +1571,7 @@ class FlagsAndHelp(Case):
         self.assertFalse(os.path.exists(self.env["TOFUPILOT_HOME"]))
         ran = self.fails(2)     # no command: a summary, and no success
         self.assertEqual((ran.out, "--help" in ran.err), ("", True))
-        with open(SCRIPT, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
+        digest = hashlib.sha256(content(SCRIPT)).hexdigest()
         for word, told in (
                 ("--help", "ls get create update update-metadata create-attachment rm attachments "
                  "queue check 130 143 TOFUPILOT_API_KEY TOFUPILOT_URL TOFUPILOT_CA_CERT NO_COLOR "
@@ -1613,10 +1647,10 @@ def words_of(values):
         yield from (word if isinstance(word, str) else json.dumps(word) for word in words)
 
 
-class RequestsOnTheWire(Served):
+class RequestsOnTheWire(Case):
     """What each command line sends. It was compared once with what the official SDK sends."""
 
-    @unittest.skipIf(os.name == "nt", "TZ has another form there")
+    @unittest.skipIf(not POSIX, "TZ has another form there")
     def test_each_filter_of_ls_goes_out_once_with_its_exact_value(self):
         args = itertools.chain.from_iterable([flag] + words for flag, words, _ in FILTER_LINES)
         self.run_script("ls", *args, env={"TZ": "EST5EDT,M3.2.0,M11.1.0"})
@@ -1624,18 +1658,22 @@ class RequestsOnTheWire(Served):
         self.assertEqual((method, path, body), ("GET", "/v2/runs", None))
         self.assertEqual(sorted(query), sorted(
             (flag[2:].replace("-", "_"), v) for flag, _, values in FILTER_LINES for v in values))
-        self.assertEqual({flag for flag, _, _ in FILTER_LINES}, set(API_FLAGS["ls"].split()))
+        self.assertEqual({flag for flag, _, _ in FILTER_LINES}, set(map(flag_of, LIST)))
 
     def test_a_create_sends_each_field_as_it_was_given(self):
         self.assertEqual(set(FULL) | set(BODY), {f.name for f in runs.OPERATIONS["create"].fields})
-        self.run_script(*LINE + list(words_of(FULL)))
+        self.run_script(*CREATE + list(words_of(FULL)))
         self.assertEqual(self.sent(), [("POST", "/v2/runs", [], dict(BODY, **FULL))])
         for name, value in ("newer_field", [1]), ("deployment_id", None):
             self.inside("create", "--body", json.dumps(dict(BODY, **{name: value})))
             self.assertEqual(self.sent()[0][3][name], value)
 
     def test_the_other_operations_send_method_path_query_and_body(self):
-        odd, path = "a/b ?%µ+&", "a%2Fb%20%3F%25%C2%B5%2B%26"
+        self.assertEqual(quote("a/b ?%µ+&", safe=""), "a%2Fb%20%3F%25%C2%B5%2B%26")
+        for odd in "a/b ?%µ+&", "../x", "a#b", "a\nb", "%2e%2e", "..\\x", "...":
+            self.each_operation(odd, quote(odd, safe=""))
+
+    def each_operation(self, odd, path):
         for line, expected in (
                 (["get", "--id", odd], ("GET", f"/v2/runs/{path}", [], None)),
                 (["update", "--id", odd], ("PATCH", f"/v2/runs/{path}", [], {})),
@@ -1656,7 +1694,7 @@ class RequestsOnTheWire(Served):
                  ("POST", f"/v2/attachments/{path}/finalize", [], None)),
                 (["check"], ("GET", "/v2/whoami", [], None))):
             with self.subTest(line):
-                self.run_script(*line)
+                self.inside(*line)
                 headers = self.box.requests[0].headers
                 kind = None if expected[3] is None else "application/json"
                 self.assertEqual([headers.get(name) for name in (
@@ -1753,11 +1791,11 @@ BAD_CREATES = (     # words after a correct create, and what the error tells if 
     (["--attach", "f.txt", "--attach", "f.txt"], "f.txt", "twice"))
 
 
-class WrongInput(Served):
+class WrongInput(Case):
     """All of it ends with exit 2 and a message, before anything reaches the server."""
 
     def refused(self, words, *told):
-        with self.subTest(" ".join(words if words[:11] != LINE else words[11:])[:100]):
+        with self.subTest(" ".join(words if words[:11] != CREATE else words[11:])[:100]):
             ran = self.inside(*words, "--json", input=b"[]")
             self.assertEqual((ran.status, ran.out, self.sent()), (2, "", []), ran)
             self.assertEqual(set(ran.error), {"type", "message", "code", "status", "issues",
@@ -1782,10 +1820,10 @@ class WrongInput(Served):
         self.file("f.txt")
         self.file("to/f.txt")
         for words, *told in BAD_CREATES:
-            self.refused(LINE + words, *told or words[:1])
+            self.refused(CREATE + words, *told or words[:1])
         if hasattr(os, "mkfifo"):       # it would be waited for
             os.mkfifo("fifo")
-            self.refused(LINE + ["--attach", "fifo"], "fifo")
+            self.refused(CREATE + ["--attach", "fifo"], "fifo")
             self.refused(["create-attachment", "--id", "a", "--file", "fifo"], "fifo")
         self.assertNotIn("--set", self.refused(["ls", "--metadata", "{shift:A}"])["hint"])
 
@@ -1862,6 +1900,8 @@ class PureFunctions(unittest.TestCase):
                    ("\ud800", "\\ud800"), (None, "null"), ([1, "\x1b"], '[1, "\\u001b"]'))
         self.table(runs.csv_text, ("-1", "-1"), ("+1e5", "+1e5"), ("-1-2", "'-1-2"), ("@x", "'@x"),
                    ("\t=1", "'\t=1"), (" =1", "' =1"), ("\uff1d1", "'\uff1d1"), ("a=1", "a=1"),
+                   ("\r=1", "'\\r=1"), ("+a|'/c b'!A0", "'+a|'/c b'!A0"), ("-12V", "'-12V"),
+                   ("\x1b[2J", "\\x1b[2J"), ("2026-W20", "2026-W20"), ("-12.5", "-12.5"),
                    (None, ""), (True, "true"))
 
     def test_the_reference_of_a_content_is_the_same_for_ever(self):
@@ -1892,7 +1932,7 @@ class PureFunctions(unittest.TestCase):
             self.assertEqual(same, ours == {"part_number": "p"}, ours)
 
 
-class Listing(Served):
+class Listing(Case):
     def test_limit_is_the_rows_wanted_over_one_connection(self):
         self.box.store.fill(260)
         for words, pages, count in (
@@ -1933,10 +1973,10 @@ class Listing(Served):
         self.box.calm()
         self.box.fault("status", "GET /v2/runs", times=None, skip=1)
         self.fails(6, *line)
-        self.assertEqual(self.content("."), {"old.csv": b"old"})
+        self.assertEqual(content("."), {"old.csv": b"old"})
         self.box.calm()
         self.ok(*line)
-        self.assertEqual([data.count(b"\n") for data in self.content(".").values()], [151])
+        self.assertEqual([data.count(b"\n") for data in content(".").values()], [151])
 
     def test_a_run_that_slips_to_the_next_page_is_printed_once(self):
         self.box.store.fill(150)
@@ -1971,6 +2011,8 @@ class Listing(Served):
         text = self.ok(*columns + ["--format", "csv"]).out
         self.assertEqual(list(csv.reader(io.StringIO(text, newline=""))), [
             columns[3].split(","), [id, "'=1+1\t\\x1b[2J\n,", "1", ""]])
+        self.assertEqual(self.ok("ls", "--format=csv", "--columns", "id,x\x1b").out.splitlines()[0],
+                         '"id","x\\x1b"')
         self.assertEqual(self.ok("ls", "-q").out, id + "\n")
         self.assertEqual(self.fails(2, "ls", "--format", "xml").out, "")
 
@@ -1999,10 +2041,12 @@ class Listing(Served):
         self.assertIn("66.7%", self.ok("ls", "--summary").out)
 
 
-ODD_VALUES = (None, 7, -0.5, 1e308, True, "", "x\x1b[2J\n", [], {}, [1], [[]], [None], {"a": [1]},
-              "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "PT99999999999999999S")
+ODD_VALUES = (None, 7, -0.5, 1e308, 10 ** 30, True, "", "x\x1b[2J\n", [], {}, [1], [[]], [None],
+              [[{}]], {"a": [1]}, {"id": [None]}, "0001-01-01T00:00:00+14:00",
+              "9999-12-31T23:59:59-12:00", "PT" + "9" * 400 + "S")
 REPORTED = dict(
     BODY, outcome="FAIL", operated_by="Night shift", docstring="Again", metadata={"shift": "A"},
+    part_number="PCB", batch_number="B7", procedure_version="1.2", execution_id="e", slot_key="s",
     phases=[{"name": "Power", "outcome": "FAIL", "started_at": BEGIN, "ended_at": END,
              "retry_count": 1, "measurements": [
                  {"name": "vcc", "outcome": "FAIL", "measured_value": 3.52, "units": "V",
@@ -2011,7 +2055,8 @@ REPORTED = dict(
                  {"name": "firmware", "outcome": "PASS", "measured_value": "1.1"}]},
             {"name": "Sweep", "outcome": "PASS", "started_at": BEGIN, "ended_at": END,
              "measurements": [{"name": "i", "outcome": "PASS", "x_axis": {"data": [0, 1, 2]},
-                               "y_axis": [{"data": [5], "aggregations": [{"type": "max"}]}]}]}],
+                               "y_axis": [{"data": [5], "name": "A", "units": "mA",
+                                           "aggregations": [{"type": "max"}]}]}]}],
     logs=[{"level": "WARNING", "timestamp": END, "message": "vcc above its limit",
            "source_file": "main.py", "line_number": 12}])
 
@@ -2027,11 +2072,11 @@ def mutants(value):
     yield from ODD_VALUES
 
 
-class OneRun(Served):
+class OneRun(Case):
     def test_the_report_tells_verdict_limits_and_distance(self):
         id = self.made(**REPORTED)
         text = self.ok("get", "--id", id).out
-        self.assertRegex(text, r"^FAIL +SN-0001 +Burn-in +42s\n")
+        self.assertRegex(text, r"^FAIL +SN-0001 +Burn-in 1\.2 +42s\n")
         for word in (id, "Night shift", "Again", "shift=A", "Sweep", "3 points", "(attempt 2)",
                      "1 WARNING", "--logs", "Ada"):
             self.assertIn(word, text)
@@ -2058,48 +2103,51 @@ class OneRun(Served):
         os.mkdir("to")
         self.file("to/ok.txt", b"mine")
         self.ok("get", "--id", id, "--download", "to")
-        self.assertEqual((os.listdir("."), self.content("to")), (["to"], {
+        self.assertEqual((os.listdir("."), content("to")), (["to"], {
             ".._x": b"0", "_CON": b"1", "a_b": b"2", "a_b-2": b"3", "ok.txt": b"mine",
             "ok-2.txt": b"4"}))
 
-    def test_odd_data_anywhere_never_stops_a_report_or_a_list(self):
-        client, id = self.client(), self.made(**REPORTED)
-        self.put(id, "a.txt", b"x")
-        run = dict(client.get(id), sub_units=[{"serial_number": "S", "part_number": "P"}])
+    def test_odd_data_anywhere_never_stops_a_report_a_list_or_a_download(self):
+        run = self.whole()
+        row = self.client().list(include_metadata=True)["data"][0]
         odd = [dict(copy, id="x") for copy in mutants(run) if isinstance(copy, dict)]
         self.assertGreater(len(odd), 1500)
         for number, copy in enumerate(odd):
+            words = ("--logs", "--failed-only", "--format=csv")[number % 3]
             with mock.patch.object(runs.Client, "get", lambda *a, **k: copy):
-                ran = self.inside("get", "--id", "x", "--logs", tty=number % 2)
+                ran = self.inside("get", "--id", "x", words, tty=number % 2)
             self.assertEqual((ran.status, ran.err, "\x1b[2J" in ran.out), (0, "", False), copy)
-        rows = [dict(row, id=str(number)) for number, row in enumerate(
-            mutants(client.list(include_metadata=True)["data"][0])) if isinstance(row, dict)]
-        self.box.fault("status", times=None, status=200, body={"data": rows, "meta": {}})
+        rows = [dict(copy, id=str(number)) for number, copy in enumerate(mutants(row))
+                if isinstance(copy, dict)]
+        self.says("GET /v2/runs", {"data": rows, "meta": {}})
         for words, tty in itertools.product(("", "--format csv", "--summary", "-q"), (0, 1)):
             ran = self.inside("ls", *words.split(), tty=tty)
             self.assertEqual((ran.status, ran.err), (0, ""))
             self.assertTrue(words or len(ran.out.splitlines()) == len(rows) + 1)
+        for size in ODD_VALUES:
+            self.shows(self.box.url + "/storage/x", size=size)
+            self.ends(0, "get", "--id", "a", "--download", "to", *ONCE)
 
 
-class Creating(Served):
+class Creating(Case):
     def test_the_same_create_twice_is_one_run_and_another_content_another(self):
-        again = UNIT + "--started-at 2026-05-19T10:00:00.0+02:00 --ended-at".split() + LINE[-1:]
+        again = UNIT + "--started-at 2026-05-19T10:00:00.0+02:00 --ended-at".split() + CREATE[-1:]
         ids = {self.ok(*words + ["-q"]).out for words in (
-            LINE, again, ["create", "--body", json.dumps(BODY)],
+            CREATE, again, ["create", "--body", json.dumps(BODY)],
             ["create", "--body", json.dumps(dict(BODY, outcome="FAIL")), "--outcome", "pass"])}
         self.assertEqual((len(ids), len(self.stored())), (1, 1))
         self.assertEqual({body["client_run_ref"] for _, _, _, body in self.sent()}, {PLAIN_REF})
-        self.ok(*LINE + ["--docstring", "x"])
-        self.ok(*LINE + ["--client-run-ref", "mine"])
+        self.ok(*CREATE + ["--docstring", "x"])
+        self.ok(*CREATE + ["--client-run-ref", "mine"])
         self.assertEqual((len(self.stored()), self.sent()[1][3]["client_run_ref"]), (3, "mine"))
-        line = LINE[:-1] + ["2099-01-01T00:00:00Z"]
+        line = CREATE[:-1] + ["2099-01-01T00:00:00Z"]
         self.assertIn("warning: ", self.ok(*line).err)      # it ends in the future
         self.assertEqual(self.ok(*line + ["--json"]).err, "")
 
     def test_dry_run_needs_no_key_and_sends_nothing(self):
         self.file("a.txt")
         env = {"TOFUPILOT_API_KEY": "", "TOFUPILOT_URL": "https://other.example.com/api/"}
-        ran = self.ok(*LINE + ["--attach", "a.txt", "--dry-run"], env=env)
+        ran = self.ok(*CREATE + ["--attach", "a.txt", "--dry-run"], env=env)
         first, *others = [json.loads(line) for line in ran.out.splitlines()]
         self.assertEqual(first, {"method": "POST", "url": "https://other.example.com/api/v2/runs",
                                  "body": dict(BODY, client_run_ref=PLAIN_REF)})
@@ -2113,7 +2161,7 @@ class Creating(Served):
     def test_files_go_up_without_the_key_and_only_those_that_are_missing(self):
         self.file("a.pdf", b"%PDF" * 50000)
         self.file("empty.xyzzy", b"")
-        ran = self.ok(*LINE + ["--attach", "a.pdf", "empty.xyzzy", "--json"])
+        ran = self.ok(*CREATE + ["--attach", "a.pdf", "empty.xyzzy", "--json"])
         self.assertEqual([row["name"] for row in ran.json["attachments"]], ["a.pdf", "empty.xyzzy"])
         puts = [record.headers for record in self.box.requests if record.method == "PUT"]
         self.assertEqual([[headers.get(name) for name in (
@@ -2125,7 +2173,7 @@ class Creating(Served):
         for data, count in (b"b", 1), (b"b", 0), (b"B", 1):     # at last only its bytes differ
             self.file("b.txt", data)
             self.sent()
-            self.ok(*LINE + ["--attach", "a.pdf", "empty.xyzzy", "b.txt"])
+            self.ok(*CREATE + ["--attach", "a.pdf", "empty.xyzzy", "b.txt"])
             self.assertFalse(any("authorization" in record.headers for record in self.box.requests
                                  if "/storage/" in record.path))
             self.assertEqual((len(self.sent("PUT")), len(self.stored())), (count, 1))
@@ -2143,26 +2191,22 @@ class Creating(Served):
         self.file("a.txt")
         self.file("b.txt")
         self.box.fault("status", "PUT /storage/{id}", status=403, body=b"<Error/>")
-        id = self.ok(*LINE + ["--attach", "a.txt", "-q"]).out.strip()
+        id = self.ok(*CREATE + ["--attach", "a.txt", "-q"]).out.strip()
         self.assertEqual((len(self.sent("PUT")), self.attached(id)), (2, ["a.txt"]))
         self.box.store.upload_ttl = -10
-        error = self.fails(6, *LINE + ["--attach", "a.txt", "b.txt", "--json"]).error
+        error = self.fails(6, *CREATE + ["--attach", "a.txt", "b.txt", "--json"]).error
         self.assertEqual((len(self.sent("PUT")), error["id"], error["exit_code"]), (2, id, 6))
         self.assertEqual(("b.txt" in error["message"], "signature" in str(error)), (True, False))
 
     def test_what_others_linked_stays_linked_even_where_patch_replaces(self):
-        self.box.store.patch, id = "replace", self.ok(*LINE + ["-q"]).out.strip()
+        self.box.store.patch, id = "replace", self.ok(*CREATE + ["-q"]).out.strip()
         self.put(id, "theirs", b"x")
         self.file("a.txt")
-        self.ok(*LINE + ["--attach", "a.txt"])
+        self.ok(*CREATE + ["--attach", "a.txt"])
         self.assertEqual(sorted(self.attached(id)), ["a.txt", "theirs"])
 
 
-def canned(status=200, body=b"", kind="application/json"):
-    return "status", {"status": status, "body": body, "headers": {"Content-Type": kind}}
-
-
-class Trouble(Served):
+class Trouble(Case):
     """Faults of the network and of what answers in the server's place."""
 
     def test_each_status_of_the_server_has_its_exit_status(self):
@@ -2179,26 +2223,21 @@ class Trouble(Served):
                              (True, False))
 
     def test_what_is_not_the_api_ends_with_6_and_is_not_tried_again(self):
-        for kind, options in (
-                ("portal", {}), canned(404, b"<html>"), canned(), canned(400, b'{"no": "reason"}'),
-                canned(kind="text/html", body=b'{"id": "x"}'), canned(body=b"[" * 200000),
-                canned(body=b"[]"), canned(body=b'[{"id": "x"}]'), canned(body=b'{"id": 7}'),
-                canned(body=b'{"id": ""}'), canned(body=b'{"id": "x"'), canned(body=b"null"),
-                canned(body=b'{"id": "x", "n": NaN}'), canned(204),
-                canned(400, b'{"message": "%s"}' % (b"x" * 70000)),
-                canned(body=b'{"id": "%s"}' % (b"x" * (66 << 20)))):
-            with self.subTest(f"{kind} {options}"[:150]):
-                self.box.fault(kind, times=None, **options)
-                for line in (["get", "--id", NOBODY], LINE):
-                    self.assertEqual((self.inside(*line).status, len(self.sent())), (6, 1))
-                self.box.calm()
-        self.box.fault("raw", data=b"SSH-2.0-OpenSSH\r\n" * 9)
-        self.fails(6, "get", "--id", NOBODY, "--retries", "0")
-        with Sandbox() as other:
-            for status in (301, 302, 307, 308):     # told, not followed
-                self.box.fault("redirect", status=status, location=other.url + "/api/v2/runs?k=v")
-                self.assertIn(other.url, self.fails(6, "ls").err)
-            self.assertEqual((other.requests, other.connections), ([], 0))
+        for status, body in (
+                (404, b"<html>"), (400, b'{"no": "reason"}'), (204, b""), (200, b""),
+                (200, b"null"), (200, b"[" * 200000), (200, b'{"data":' + b"[" * 100000),
+                (200, b"[]"), (200, b'[{"id": "x"}]'), (200, b'"text"'), (200, b'{"id": 7}'),
+                (200, b'{"id": ""}'), (200, b'{"id": "x"'), (200, b'{"id": "x", "n": NaN}'),
+                (200, b'{"id": "x", "n": 1e999}'), (200, b'{"id": "\xff"}'),
+                (400, b'{"message": "%s"}' % (b"x" * 70000)),
+                (200, b'{"id": "%s"}' % (b"x" * (66 << 20)))):
+            with self.subTest(f"{status} {body[:99]}"):
+                self.says(ANY, body, status)
+                for line in (["get", "--id", NOBODY], CREATE):
+                    self.assertLess(len(self.ends(6, *line).err), 1000)
+                    self.assertEqual(len(self.sent()), 1)
+        self.says(ANY, b'{"id": "x"}', Content_Type="text/html")
+        self.ends(6, "get", "--id", NOBODY)
 
     def test_a_failed_try_is_announced_and_repeated_where_that_is_safe(self):
         file, id = self.file("a.txt"), self.made()
@@ -2239,20 +2278,20 @@ class Trouble(Served):
                 self.box.store.knows_ref, count = knows, len(self.stored())
                 kind, _, after = fault.partition(" ")
                 self.box.fault(kind, "POST /v2/runs", times=times, after=bool(after))
-                ran = self.inside(*LINE + ["--serial-number", f"S-{count}", "-q"])
+                ran = self.inside(*CREATE + ["--serial-number", f"S-{count}", "-q"])
                 self.assertEqual((ran.status, self.stored()[count:]), (0, ran.out.split()), ran)
 
     def test_on_an_old_server_a_failed_look_sends_nothing_and_other_runs_are_not_adopted(self):
         self.box.store.knows_ref = False
         self.box.fault("drop-after", "POST /v2/runs", times=None)
         self.box.fault("status", "GET /v2/runs", times=None)
-        ran = self.inside(*LINE + ["--json"])
+        ran = self.inside(*CREATE + ["--json"])
         self.assertEqual((ran.status, len(self.sent("POST")), len(self.stored())), (6, 1, 1))
         self.assertIn("may be stored", ran.error["message"])
         self.box.calm()
         self.box.store.db.execute("UPDATE runs SET created_at = created_at - 3600000")
         self.box.fault("drop-before", "POST /v2/runs")
-        self.assertEqual((self.inside(*LINE).status, len(self.stored())), (0, 2))
+        self.assertEqual((self.inside(*CREATE).status, len(self.stored())), (0, 2))
 
     def test_create_attachment_is_not_repeated_once_it_may_have_arrived(self):
         id, client = self.made(), self.client()
@@ -2279,7 +2318,7 @@ class Trouble(Served):
                          (6, True, True), ran)
 
 
-class Deleting(Served):
+class Deleting(Case):
     def test_many_ids_are_deleted_100_a_request_with_one_result(self):
         self.box.store.fill(250)
         ids = self.stored()
@@ -2293,12 +2332,15 @@ class Deleting(Served):
         gone, missing = self.ok("rm", "--ids", NOBODY, id).out.split("Not there")
         self.assertTrue(id in gone and NOBODY in missing, missing)
         self.fails(4, "rm", "--ids", NOBODY)
+        self.says("DELETE /v2/runs", {"id": "no list"})
+        self.ends(6, "rm", "--ids", NOBODY)
+        self.box.calm()
         id = self.made()    # a 404 after a try without an answer counts as deleted
         self.box.fault("drop-after", "DELETE /v2/runs")
         ran = self.inside("rm", "--ids", id, "-q")
         self.assertEqual((ran.status, ran.out.strip(), self.stored()), (0, id, []))
 
-    @unittest.skipIf(os.name == "nt", "no pty here")
+    @unittest.skipIf(not POSIX, "no pty here")
     def test_on_a_terminal_it_asks_first(self):
         id = self.made()
         for typed in (b"n\n", b"\n", b"\x04"):
@@ -2309,7 +2351,7 @@ class Deleting(Served):
         self.assertEqual((self.stored(), self.terminal("rm", "--yes", "--ids", id)[0]), ([], 4))
 
 
-class Module(Served):
+class Module(Case):
     def test_the_client_has_the_operations_of_the_official_sdk(self):
         client, naive = runs.Client(), datetime.datetime(2026, 5, 19, 10)
         self.addCleanup(client.close)
@@ -2342,6 +2384,7 @@ class Module(Served):
         for kind, call in (
                 (runs.BadInput, lambda: client.list(limt=5)),
                 (runs.BadInput, lambda: client.get("")),
+                (runs.BadInput, lambda: client.get("..")),
                 (runs.BadInput, lambda: client.update("a", attachment=["b"])),
                 (runs.BadInput, lambda: client.update_metadata("a", {"k": float("nan")})),
                 (runs.NotFound, lambda: client.get(NOBODY)),
@@ -2358,7 +2401,7 @@ class Module(Served):
         self.assertEqual(len(told), 2)
 
 
-class OutputThatHolds(Served):
+class OutputThatHolds(Case):
     """Text of the world in all fields, and streams that are closed, full or narrow."""
 
     def setUp(self):
@@ -2369,24 +2412,23 @@ class OutputThatHolds(Served):
                 FULL["phases"][0], name=WORLD, sequence_path=None, measurements=[
                     {"name": WORLD, "outcome": "FAIL", "measured_value": WORLD, "units": WORLD}])])
 
-    def test_no_encoding_of_the_streams_stops_it(self):
-        columns = ["ls", "--columns", "docstring"]
-        for encoding, env in ("cp1252", {}), ("ascii", {}), ("", {"LC_ALL": "C"}):
+    def test_no_encoding_or_locale_stops_what_is_shown_or_changes_what_is_sent(self):
+        columns, plain = ["ls", "--columns", "docstring"], {"LC_ALL": "C", "LANG": ""}
+        for encoding in "cp1252", "ascii", "":
             for words, status in (
                     (columns, 0), (["get", "--id", self.id, "--logs"], 0),
                     (columns + ["--format=csv"], 0),
                     (["ls", "--serial-numbers", WORLD, "--fail-empty"], 4)):
-                sends = [word if os.name == "nt" else word.encode() for word in words]
-                with subprocess.Popen(
-                        [sys.executable, SCRIPT] + sends, stdout=subprocess.PIPE,
-                        env=dict(self.env, PYTHONIOENCODING=encoding, **env),
-                        stderr=subprocess.PIPE) as process:
-                    out, err = process.communicate()
-                    self.assertEqual(process.returncode, status, err)
-                    if encoding and "docstring" in words:
-                        self.assertIn(WORLD.encode(encoding, "backslashreplace"), out)
-        self.ok(*LINE + ["--docstring", WORLD], env={"LC_ALL": "C", "LANG": ""})
+                ran = self.ended(self.popen(sys.executable, SCRIPT, *words, env=dict(
+                    {} if encoding else plain, PYTHONIOENCODING=encoding)), status)
+                if encoding and "docstring" in words:
+                    self.assertIn(WORLD.encode(encoding, "backslashreplace").decode(
+                        "utf-8", "replace"), ran.out)
+        self.ok(*CREATE, "--docstring", WORLD, "--queue", WORLD, env=plain)
         self.assertEqual(self.sent()[-1][3]["docstring"], WORLD)
+        self.assertIn(WORLD, os.listdir(self.folder))
+        self.ok("ls", "--serial-numbers", WORLD, env=plain)
+        self.assertIn(("serial_numbers", WORLD), self.sent()[0][2])
 
     def test_a_reader_that_leaves_is_no_failure(self):
         self.box.store.fill(300)
@@ -2406,18 +2448,7 @@ class OutputThatHolds(Served):
                 self.assertIn("space", ran.err)
                 self.assertEqual(ran.err.count("\n"), 1 if "--json" in words else 2, ran.err)
 
-    @unittest.skipIf(os.name == "nt", "no sh here")
-    def test_closed_streams_change_no_exit_status(self):
-        script = ["sh", sys.executable, "-I", "-S", SCRIPT]
-        for words, expected in ((LINE, 0), (["ls"], 0), (["ls", "--limit", "0"], 2),
-                                (["get", "--id", NOBODY], 4), (["--help"], 0)):
-            for closed in ">&-", "2>&-", ">&- 2>&- <&-":
-                command = ["sh", "-c", f'exec "$@" {closed}'] + script
-                self.assertEqual(subprocess.call(
-                    command + words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
-                    expected, (words, closed))
-
-    @unittest.skipIf(os.name == "nt", "no pty here")
+    @unittest.skipIf(not POSIX, "no pty here")
     def test_a_terminal_gets_a_table_that_fits_with_colour_on_outcomes_alone(self):
         status, text = self.terminal("ls")
         plain = re.sub("\x1b\\[\\d*m", "", text)
@@ -2432,41 +2463,15 @@ class OutputThatHolds(Served):
 
 # ---- tests: hostile servers, hostile data, odd machines ------------------------------------------
 
-POSIX = os.name == "posix"
 EVIL = "\x1b[2J\x1b]0;own\x07\x9b31m\u202e\u2066\u200b\ufeff\r\n\t\x7f\ud800"
 RAW = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202e\u2066\ufeff\ud800-\udfff]")
-ANY, ONCE, VOID, CLOSED = "* .*", ("--retries", "0"), lambda *_: None, "http://127.0.0.1:1"
 EMPTY = b'{"data":[],"meta":{"has_more":false,"next_cursor":null}}'
 FILE = {"id": "att_9", "name": "a.txt", "size": 4, "content_type": "text/plain"}
-LIMIT = [{"outcome": "FAIL", "operator": ">", "expected_value": 3, "expression": "x > 3"}]
-TESTED = [{"name": "vcc", "outcome": "FAIL", "measured_value": 1, "units": 0, "validators": LIMIT},
-          {"name": "sweep", "outcome": "PASS", "measured_value": "x", "data_series": [
-              {"name": "t", "units": "s", "data": [1, 2], "validators": LIMIT}],
-           "aggregations": [{"type": "max", "value": 2, "validators": LIMIT}]}]
-WHOLE = dict(
-    {name: {"id": "u", "name": "n", "email": "e"} for name in (
-        "created_by_user", "created_by_station", "operated_by")}, id="a", outcome="FAIL",
-    unit={"serial_number": "SN-1", "part": {"number": "P", "revision": {"number": "B"}},
-          "batch": {"number": "W"}}, procedure={"id": "p", "name": "n", "version": {"tag": "1"}},
-    started_at="2026-05-19T08:00:00Z", ended_at="2026-05-19T08:00:42Z", duration="PT42S",
-    docstring="d", slot_name="left", metadata={"key" + EVIL: "v"}, attachments=[FILE],
-    sub_units=[{"id": "u", "serial_number": "S", "part_number": "P"}],
-    phases=[{"name": "f", "outcome": "FAIL", "duration": "PT1S", "retry_count": 1,
-             "measurements": TESTED}],
-    logs=[dict.fromkeys(("level", "timestamp", "message", "source_file", "line_number"), "x")])
-
-
-class Bytes(io.BytesIO):
-    """What stands behind a stream of Hostile.inside; it outlives the stream."""
-    tty, close = False, VOID
-
-    def isatty(self):
-        return self.tty
 
 
 class Peer(socketserver.ThreadingTCPServer):
     """A TCP server of a test; serve(connection, address, peer) gets each connection."""
-    daemon_threads, handle_error = True, VOID
+    daemon_threads, handle_error = True, lambda *_: None
 
     def __init__(self, case, serve):
         super().__init__(("127.0.0.1", 0), serve)
@@ -2541,77 +2546,7 @@ def raw_answer(body, *lines):
         "", "")).encode("latin-1") + body
 
 
-class Hostile(Case):
-    """Case with commands run inside this process, and answers that a test makes up."""
-    options = {}
-
-    def inside(self, *args, **more):
-        """Like run_script, but within this process: quicker, and things can be patched."""
-        streams = [Bytes(), Bytes(), Bytes()]
-        for stream in streams:
-            stream.tty = more.get("tty", False)
-        found = [io.TextIOWrapper(stream, "utf-8") for stream in streams]
-        handler = signal.getsignal(signal.SIGTERM)
-        with mock.patch.dict(os.environ, dict(self.env, **more.get("env", {})), clear=True), \
-                mock.patch.multiple(sys, stdin=found[0], stdout=found[1], stderr=found[2]), \
-                warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            try:
-                status = runs.main(list(args))
-            finally:
-                signal.signal(signal.SIGTERM, handler)
-        return Ran(status, *(stream.getvalue().decode("utf-8") for stream in streams[1:]))
-
-    def ends(self, status, *args, **more):
-        """inside(), which must end so, in order -> Ran."""
-        ran = self.inside(*args, **more)
-        self.assertEqual(ran.status, status, (args, more, ran))
-        return self.orderly(ran)
-
-    def orderly(self, ran):
-        self.assertNotRegex(ran.err, r"Traceback|unexpected \w+:|Exception|Warning")
-        self.assertLessEqual(ran.err.count("error:"), 1)
-        return ran
-
-    def clean(self, ran):
-        self.assertNotRegex(ran.out + ran.err, RAW)
-        return self.orderly(ran)
-
-    def says(self, match, body, status=200, **headers):
-        """All requests that match get this answer."""
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        if isinstance(body, bytes):
-            headers.setdefault("Content-Type", "application/json")
-        self.box.calm()
-        self.box.fault("status", match, times=None, status=status, body=body, headers=headers)
-
-    def shows(self, url, **more):
-        """get answers a run with one attachment at this URL; /storage/x has 4 bytes."""
-        self.says("GET /v2/runs/{id}", {"id": "a", "attachments": [dict(
-            FILE, download_url=url, **more)]})
-        self.box.fault("status", "GET /storage/x", times=None, status=200, body=b"data")
-
-    def python(self, *args, **more):
-        """A process of this Python in the test's folder -> Ran."""
-        env = dict(self.env, **more.pop("env", {}))
-        return self.ended(subprocess.Popen(
-            [sys.executable, "-B", "-W", "error"] + list(args), cwd=self.folder, env=env,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more))
-
-    def wrapped(self, code, *args):
-        """A process that runs `code` before it imports the script and calls main."""
-        return self.python("-c", "import os, sys\nsys.path.insert(0, %r)\n%s\nimport "
-                           "tofupilot_runs\nsys.exit(tofupilot_runs.main())" % (
-                               os.path.dirname(SCRIPT), code), *args)
-
-    def ended(self, process):
-        """The Ran of a process that has been started; it fails after 20 s."""
-        self.addCleanup(process.kill)
-        out, err = (data.decode("utf-8", "replace") for data in process.communicate(timeout=20))
-        return Ran(process.returncode, out, err)
-
-
-class HostileServers(Hostile):
+class HostileServers(Case):
 
     def test_no_redirect_is_followed_and_each_is_told_with_its_target(self):
         """Control: urllib's own handler sends the key along for GET, and POST turns into GET."""
@@ -2644,28 +2579,11 @@ class HostileServers(Hostile):
             self.assertNotRegex(ran.err, "pw@|signature=s")
         self.assertEqual((other.open, os.listdir(self.folder)), ([], ["secret.txt"]))
 
-    def test_an_id_is_one_segment_of_the_path_whatever_it_holds(self):
-        commands = (("get --id", ""), ("update-metadata --set a=1 --id", "/metadata"),
-                    ("create-attachment --name n --id", "/attachments"))
-        for odd in ("../x", "a/b", "a?b=c", "a#b", "a\nb", "%2e%2e", "..\\x", "\u00b5", "..."):
-            for command, end in commands:
-                self.assertIn(self.inside(*command.split(), odd).status, (4, 5))
-                self.assertEqual(self.box.requests[-1].path,
-                                 "/api/v2/runs/" + quote(odd, safe="") + end)
-        count = len(self.box.requests)
-        for odd in ("", ".", ".."):
-            for command, _ in commands + (("attachments finalize --id", ""), ("rm --ids", "")):
-                self.ends(2, *command.split(), odd)
-            self.assertRaises(runs.BadInput, runs.Client(self.box.url, self.box.user_key).get, odd)
-        self.assertEqual(len(self.box.requests), count)
-
     def test_whatever_a_broken_server_says_ends_with_exit_6_and_one_message(self):
         rows = [raw_answer(body, *lines) for body, *lines in (
-            [b"[" * 100000], [b'{"data":' + b"[" * 100000], [EMPTY.replace(b"null", b"NaN")],
-            [EMPTY.replace(b"null", b"1e999")], [b'"text"'], [b"[]"], [b""], [b'{"data":"\xff"}'],
-            [b'{"data":[1],"meta":{}}'], [b'{"data":[]}'], [EMPTY, "Content-Encoding: gzip"],
-            [EMPTY, "Content-Encoding: identity, br"], [EMPTY, "Content-Length: 3000000000"],
-            [EMPTY[:-5], "Content-Length: 0x99"], [b"zz\r\n" + EMPTY, "Transfer-Encoding: chunked"],
+            [EMPTY, "Content-Encoding: gzip"], [EMPTY, "Content-Encoding: identity, br"],
+            [EMPTY, "Content-Length: 3000000000"], [EMPTY[:-5], "Content-Length: 0x99"],
+            [b"zz\r\n" + EMPTY, "Transfer-Encoding: chunked"],
             [b"ff\r\n" + EMPTY, "Transfer-Encoding: chunked"], [EMPTY, "X: " + "x" * 100000],
             [EMPTY] + ["X: y"] * 200)]
         rows += [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 abc\r\n\r\n", b"HTTP/1.1 204 No\r\n\r\n",
@@ -2677,9 +2595,8 @@ class HostileServers(Hostile):
                 self.box.calm()
                 self.box.fault("raw", "GET /v2/runs", times=None, data=data)
                 self.assertLess(len(self.ends(6, "ls", *ONCE).err), 1000)
-        for status in (400, 404, 500):
-            self.says(ANY, {"message": "x" * 10000000}, status)
-            self.assertLess(len(self.ends(6, "ls", *ONCE).err), 1000)
+        self.says(ANY, {"message": "x" * 10000000}, 500)
+        self.assertLess(len(self.ends(6, "ls", *ONCE).err), 1000)
         self.says(ANY, EMPTY[:-1] + b',"x":"' + b"x" * 5000 + b'"}')
         self.ends(0, "ls")
         with mock.patch.object(runs, "ANSWER_LIMIT", 4000):
@@ -2699,12 +2616,17 @@ class HostileServers(Hostile):
             self.assertRegex(ran.err, "^error: (no answer from|cannot reach) 127.0.0.1")
 
 
-class HostileText(Hostile):
+class HostileText(Case):
+
+    def clean(self, ran):
+        self.assertNotRegex(ran.out + ran.err, RAW)
+        return self.orderly(ran)
 
     def test_no_field_of_a_run_reaches_a_screen_with_control_characters(self):
-        bad = change(WHOLE, lambda leaf: EVIL + leaf if isinstance(leaf, str) else leaf)
+        good = dict(self.whole(), metadata={"key" + EVIL: "v"})
+        bad = change(good, lambda leaf: EVIL + leaf if isinstance(leaf, str) else leaf)
         lines, plain = {}, {"NO_COLOR": "1"}
-        for run in (WHOLE, bad):
+        for run in (good, bad):
             self.says("GET /v2/runs/{id}", run)
             self.box.fault("status", "GET /v2/runs", times=None, status=200, body={
                 "data": [run, dict(run, id="2")], "meta": {"has_more": False}})
@@ -2720,27 +2642,16 @@ class HostileText(Hostile):
                 self.assertRegex(ran.out, r"\A[ -~\n]*\Z")
                 self.assertIn(run, [ran.json] + ran.json.get("data", []))
 
-    def test_csv_holds_neither_escape_sequences_nor_formulas(self):
-        texts = [EVIL, "=1+1", " =1", "+cmd|'/c calc'!A0", "@x", "-12V", "\t=1", "\r=1", "\uff1d1"]
-        plain = ["-12.5", "+3", "-1e5", "12", "a-b", "2026-W20"]
-        rows = [{"id": EVIL + "x", "outcome": text} for text in texts + plain]
-        self.says("GET /v2/runs", {"data": rows, "meta": {"has_more": False}})
-        ran = self.ends(0, "ls", "--format", "csv", "--columns", "id,outcome,x\x1b[2J")
-        table = [line[1] for line in csv.reader(io.StringIO(ran.out, newline=""))][1:]
-        for text in table[:len(texts)]:
-            self.assertNotRegex(text, "^([\t\r\n]|\\s*[-=+@\uff1d])")
-        self.assertEqual(table[len(texts):], plain)
-        self.assertNotRegex(re.sub("[\r\n\t]", "", ran.out), RAW)
-
     def test_no_error_reaches_a_screen_with_control_characters(self):
         issue = {"message": EVIL, "path": [EVIL, 0, {}], "code": EVIL}
         body = {"message": "m" + EVIL, "code": EVIL, "issues": [issue, 5, {"path": 1}, {}]}
         rows = [(status, body, CREATE) for status in (400, 401, 403, 404, 409, 503)]
-        rows += [(200, EVIL.encode("utf-8", "replace"), ["ls"]), (302, b"", ["ls"]), (400, {
-            "message": [EVIL], "code": 5, "issues": EVIL}, ["rm", "--ids", "a"]), (200, {"data": [
-                ], "meta": {"has_more": True, "next_cursor": EVIL}}, ["ls"]), (200, {"id": EVIL},
-            CREATE), (200, {"id": [EVIL, 5]}, ["rm", "--ids", "a"]), (200, {
-                "id": EVIL, "upload_url": EVIL}, ["attachments", "initialize", "--name", "x"])]
+        rows += [
+            (200, EVIL.encode("utf-8", "replace"), ["ls"]), (302, b"", ["ls"]),
+            (400, {"message": [EVIL], "code": 5, "issues": EVIL}, ["rm", "--ids", "a"]),
+            (200, {"data": [], "meta": {"has_more": True, "next_cursor": EVIL}}, ["ls"]),
+            (200, {"id": EVIL}, CREATE), (200, {"id": [EVIL, 5]}, ["rm", "--ids", "a"]),
+            (200, {"id": EVIL, "upload_url": EVIL}, "attachments initialize --name x".split())]
         for status, answer, args in rows:
             self.says(ANY, answer, status, Location="http://x/\x1b[2J\x9b")
             for more in ((), ("-v",), ("--json",)):
@@ -2785,32 +2696,8 @@ class HostileText(Hostile):
         self.assertGreater(len(os.listdir(into)), 18)
         self.assertEqual(len(os.listdir(self.folder)), 3)
 
-    def test_fields_of_a_wrong_type_stop_neither_tables_nor_reports_nor_downloads(self):
-        for value in (5, -10.5 ** 9, 10 ** 30, 1e308, True, None, [], [1], {}, {"a": {"b": []}}, "",
-                      [[{}]], "0001-01-01T00:00:00Z", "9999-12-31T23:59:59-23:59", "P999999999D",
-                      "x", "0001-01-01T00:00:00+23:59", "PT" + "9" * 400 + "S", {"id": [None]}):
-            rows = [change(WHOLE, lambda leaf: value), dict.fromkeys(WHOLE, value), {
-                key: {"id": value, "name": value, "serial_number": value, "part": value,
-                      "version": value} for key in WHOLE}]
-            for key in ("phases", "logs", "attachments", "sub_units"):
-                rows[2][key] = [{"measurements": [dict.fromkeys(dict(*TESTED[1:], units=0), value)],
-                                 "retry_count": value}]
-            for row in rows:
-                self.says("GET /v2/runs", {"data": [dict(row, id=n) for n in "ab"] + [row],
-                                           "meta": {"has_more": False}})
-                self.box.fault("status", "GET /v2/runs/a", times=None, status=200,
-                               body=dict(row, id="a"))
-                for args in ("ls", "ls --format csv", "ls --format jsonl", "ls --summary", "ls -q",
-                             "get --id a --logs", "get --id a --failed-only --format csv"):
-                    for tty in (True, False):
-                        with self.subTest(value=value, args=args, tty=tty):
-                            self.ends(0, *args.split(), tty=tty)
-            with self.subTest(size=value):
-                self.shows(self.box.url + "/storage/x", **{"size": value})
-                self.ends(0, "get", "--id", "a", "--download", self.folder, *ONCE)
 
-
-class Secrets(Hostile):
+class Secrets(Case):
 
     def test_a_key_that_no_header_can_hold_is_refused_and_shown_nowhere(self):
         for bad in (b"S3cr et-key-1", b"S3cret\nkey-1", b"S3cret-\xc3\xbc\xc3\xbc", b"S3cret", b"",
@@ -2850,8 +2737,7 @@ class Secrets(Hostile):
                 self.assertTrue(text[0].status, text)
                 for folder, _, names in os.walk(self.folder):
                     for name in names:
-                        with open(os.path.join(folder, name), "rb") as file:
-                            text.append(file.read().decode("latin-1"))
+                        text.append(content(os.path.join(folder, name)).decode("latin-1"))
                 os.remove(queue[1])
                 self.assertNotRegex("".join(map(str, text)), "signature=|Traceback|" + key)
 
@@ -2931,11 +2817,10 @@ class Secrets(Hostile):
             self.assertEqual(len(re.findall("(?m)^FAIL .*\n +Fix: ", ran.out)), len(failed))
             self.assertRegex(ran.out, "sha256 +[0-9a-f]{64}\n")
             self.assertNotIn(self.box.user_key, ran.out + ran.err)
-        with open(foreign) as file:
-            self.assertEqual(file.read(), "no queue")
+        self.assertEqual(content(foreign), b"no queue")
 
 
-class Tls(Hostile):
+class Tls(Case):
 
     @classmethod
     def setUpClass(cls):
@@ -3023,7 +2908,16 @@ class Tls(Hostile):
         self.assertNotRegex("".join(map(repr, text)), "s3cret|dXNl")
 
 
-class OddMachines(Hostile):
+class OddMachines(Case):
+
+    def python(self, *args, **more):
+        """A process of this Python, warnings as errors -> Ran."""
+        return self.ended(self.popen(sys.executable, "-B", "-W", "error", *args, **more))
+
+    def wrapped(self, code, *args):
+        """A process that runs `code` before it imports the script and calls main."""
+        return self.python("-c", "import os, sys\nsys.path.insert(0, %r)\n%s\nimport "
+                           "tofupilot_runs\nsys.exit(tofupilot_runs.main())" % (HERE, code), *args)
 
     @unittest.skipUnless(POSIX, "there are no FIFOs")
     def test_only_a_regular_file_is_attached_also_behind_a_link(self):
@@ -3038,8 +2932,7 @@ class OddMachines(Hostile):
         self.assertEqual((self.box.requests, os.path.exists(at("q"))), ([], False))
         made = self.ends(0, *CREATE, "--attach", at("link"), "--json").json["id"]
         self.ends(0, "get", "--id", made, "--download", at("into"))
-        with open(at("into", "link")) as file:
-            self.assertEqual(file.read(), "behind")
+        self.assertEqual(content(at("into", "link")), b"behind")
 
     def test_a_file_that_changes_while_it_is_read_is_not_attached(self):
         for number, change_it in enumerate((lambda: os.truncate(path, 100001), lambda: os.truncate(
@@ -3063,31 +2956,18 @@ class OddMachines(Hostile):
 
     def test_a_python_that_is_too_old_shows_which_one_is_needed(self):
         found = [shutil.which(name) for name in ("python2", "python2.7", "python3.5")] + glob.glob(
-            os.path.expanduser("~/.pyenv/versions/[23].[57].*/bin/python"))
+            os.path.join(PYENV, "versions", "[23].[57].*", "bin", "python"))
         old = [name for name in found if name and subprocess.call(
             [name, "-c", "import sys; sys.exit(sys.version_info >= (3, 6))"],
             stderr=subprocess.DEVNULL) == 0]
         for name in old or self.skipTest("there is no Python before 3.6 on this machine"):
-            ran = self.ended(subprocess.Popen([name, SCRIPT, "ls"], stdout=subprocess.PIPE,
-                                              stderr=subprocess.PIPE))
+            ran = self.ended(self.popen(name, SCRIPT, "ls"), 1)
             self.assertIn("needs Python 3.6 or newer", ran.err)
-            self.assertEqual(ran.status, 1)
-
-    @unittest.skipUnless(POSIX, "locales of POSIX")
-    def test_a_locale_without_letters_neither_changes_what_is_sent_nor_stops_what_is_shown(self):
-        env, micro = {"LC_ALL": "C", "LANG": "", "PYTHONIOENCODING": ""}, b"\xc2\xb5"
-        made = self.ok(*CREATE, b"--docstring=" + micro, "--queue", micro, env=env).out.split()[2]
-        self.assertEqual(json.loads(self.box.requests[0].body.decode())["docstring"], "\u00b5")
-        self.assertIn(micro, os.listdir(self.folder.encode()))
-        self.assertRegex(self.ok("get", "--id", made, env=env).out, r"Note +(\\xb5|\u00b5)")
-        ran = self.python(SCRIPT, "get", "--id", made, env={"PYTHONIOENCODING": "cp1252"})
-        self.assertEqual(ran.status, 0, ran)
-        self.ok("ls", b"--serial-numbers=" + micro, env=env)
-        self.assertIn("%C2%B5", self.box.requests[-1].query)
 
     def test_closed_or_missing_standard_streams_change_nothing_but_what_is_shown(self):
         rows = [(0, ["ls"]), (0, CREATE + ["--queue", "q"]), (0, ["check", "--queue", "q"]),
-                (2, ["ls", "--x"]), (2, ["rm", "--ids", "-"])]
+                (2, ["ls", "--x"]), (2, ["rm", "--ids", "-"]), (4, ["get", "--id", NOBODY]),
+                (0, ["--help"])]
         for closed in ((0,), (1,), (2,), (0, 1, 2)):
             for status, args in rows:
                 for ran in (self.python(
@@ -3157,7 +3037,7 @@ class OddMachines(Hostile):
 
 
 @unittest.skipUnless(POSIX, "Windows has no such signals")
-class Signals(Hostile):
+class Signals(Case):
 
     def test_ctrl_c_and_sigterm_end_every_wait_at_once_and_leave_no_half_file(self):
         half = dripping(raw_answer(b"x" * 1000, "Content-Length: 999999"), b"x", 0.2)
@@ -3184,9 +3064,8 @@ class Signals(Hostile):
                     if len(hits) == count:
                         moment.set()
                 self.box.on_request = note
-                process = subprocess.Popen(     # without -W error: any moment is any line
-                    [sys.executable, SCRIPT] + args, cwd=self.folder, env=self.env,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                # without -W error: any moment is any line
+                process = self.popen(sys.executable, SCRIPT, *args)
                 if method == "503":
                     self.assertIn(b"again in", process.stderr.readline())
                 else:
@@ -3280,8 +3159,7 @@ class Forge:
 
     def end(self):
         """Waits for it -> Ran; its status is -9 or -14 if it was killed."""
-        return Ran(int(self.process.stdout.readline()), *[
-            content(path).decode("utf-8", "replace") for path in self.output])
+        return Ran(int(self.process.stdout.readline()), *map(content, self.output))
 
     def run(self, *args, **more):
         self.start(*args, **more)
@@ -3293,24 +3171,8 @@ class Forge:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def content(path):
-    """The bytes of a file, None for anything else."""
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            return file.read()
-    return None
-
-
-def line(serial, *more, outcome="PASS", procedure="proc_abc"):
-    """The command line of a create."""
-    words = CREATE[:]
-    words[2], words[4], words[6] = outcome, procedure, serial
-    return words + list(more)
-
-
 def on_server(box):
     """For each serial a list of its runs' attachments, each a list of (name, size, bytes)."""
-    from urllib.request import ProxyHandler, build_opener
     found, opener = {}, build_opener(ProxyHandler({}))
     with contextlib.closing(runs.Client(box.url, box.user_key)) as client:
         for row in client.iterate():
@@ -3337,7 +3199,7 @@ def account(found, expected):
 
 class QueueCase(Case):
     """A test with a sandbox and the queue file self.path, that TOFUPILOT_QUEUE names."""
-    options, forge, files = {}, None, {"a.txt": b"a" * 70000, "b.txt": b"b"}
+    forge, files = None, {"a.txt": b"a" * 70000, "b.txt": b"b"}
 
     @classmethod
     def setUpClass(cls):
@@ -3381,14 +3243,6 @@ class QueueCase(Case):
             self.assertNotRegex(ran.err, "Traceback|unexpected")
         return ran
 
-    def finish(self, process, status=0):
-        """Waits for a process of the script, which must end so -> Ran."""
-        with process:
-            out, err = process.communicate(timeout=60)
-        ran = Ran(process.returncode, (out or b"").decode(), err.decode())
-        self.assertEqual((ran.status, "Traceback" in ran.err), (status, False), ran)
-        return ran
-
     def until_done(self, step, least):
         """step(n) with n = 1, 2, ... is killed at its n-th point, until it comes to its end."""
         for number in range(1, 999):
@@ -3400,7 +3254,7 @@ class QueueCase(Case):
 
     def offline(self, *serials, **more):
         for serial in serials:
-            self.do(*line(serial, "--offline"), **more)
+            self.do(*create(serial, "--offline"), **more)
 
     def sql(self, statement, *values, path=None):
         with contextlib.closing(sqlite3.connect(path or self.path)) as db, db:
@@ -3434,25 +3288,25 @@ class QueueCase(Case):
             {serial: {} for serial in serials}, **with_files)), {})
 
 
-class TestQueue(QueueCase):
+class Queueing(QueueCase):
     def test_a_create_with_a_queue_is_sent_at_once(self):
         del self.env["TOFUPILOT_QUEUE"]
-        first = self.do(*line("A", "--queue", self.path, "--json")).json
+        first = self.do(*create("A", "--queue", self.path, "--json")).json
         self.assertEqual(first, {"id": first["id"], "queued": False, "client_run_ref":
                                  self.sql("SELECT ref FROM entry")[0]["ref"]})
-        self.assertEqual(self.do(*line("A", "--queue", self.path, "-q")).out, first["id"] + "\n")
-        self.assertIn(first["id"], self.do(*line("A", "--queue", self.path)).out)
+        self.assertEqual(self.do(*create("A", "--queue", self.path, "-q")).out, first["id"] + "\n")
+        self.assertIn(first["id"], self.do(*create("A", "--queue", self.path)).out)
         self.assertEqual((self.posts(), self.states()), (["A"], {"sent": 1}))
 
     def test_without_a_network_it_is_queued_and_the_next_create_sends_all(self):
         dead = {"TOFUPILOT_URL": "http://127.0.0.1:1"}
-        said = self.do(*line("A", "--json"), env=dead).json
+        said = self.do(*create("A", "--json"), env=dead).json
         self.assertEqual((said["id"], said["queued"]), (None, True))
-        self.assertEqual(self.do(*line("B", "-q"), env=dead).out, "")
-        self.assertIn("Queued", self.do(*line("B"), env=dead).out)
+        self.assertEqual(self.do(*create("B", "-q"), env=dead).out, "")
+        self.assertIn("Queued", self.do(*create("B"), env=dead).out)
         self.assertEqual(self.sql("SELECT state, origin FROM entry"),
                          [{"state": "waiting", "origin": None}] * 2)
-        self.do(*line("C"))
+        self.do(*create("C"))
         self.assertEqual(self.posts(), ["A", "B", "C"])
 
     def test_offline_stores_and_loads_nothing_that_costs_and_needs_no_key(self):
@@ -3460,11 +3314,10 @@ class TestQueue(QueueCase):
         loaded = ("import runpy, sys\ndel sys.argv[0]\ntry: runpy.run_path(sys.argv[0], None, "
                   "'__main__')\nexcept SystemExit as end: sys.stderr.write(str(end.code) + "
                   "' '.join({'ssl', 'urllib.request', 'http.client'} & set(sys.modules)))")
-        ran = self.finish(subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", loaded, SCRIPT] + line("A", "--offline"),
-            env=self.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        ran = self.ended(self.popen(sys.executable, "-I", "-S", "-c", loaded, SCRIPT,
+                                    *create("A", "--offline")), 0)
         self.assertEqual(ran.err, "0")
-        if os.name == "posix":
+        if POSIX:
             self.assertEqual(stat.S_IMODE(os.stat(self.path).st_mode), 0o600)
         for pragma, value in (("application_id", 0x54465251), ("user_version", 1),
                               ("auto_vacuum", 2)):
@@ -3476,7 +3329,7 @@ class TestQueue(QueueCase):
         self.offline("A")
         self.assertEqual(self.states(os.path.join(self.folder, "home", "runs.queue")),
                          {"waiting": 1})
-        self.do(*line("B"))      # no queue was asked for
+        self.do(*create("B"))      # no queue was asked for
         self.assertEqual(self.posts(), ["B"])
         self.do("queue", "send")
         self.intact("A", "B")
@@ -3485,28 +3338,29 @@ class TestQueue(QueueCase):
         _, a, b = self.attach
         c = self.file("c.txt")
         for more in ((a,), (a,), (b,), (a, b)):
-            self.do(*line("A", "--offline", "--attach", *more))
+            self.do(*create("A", "--offline", "--attach", *more))
         self.assertEqual([row["attachments"] for row in
                           self.do("queue", "ls", "--json").json["data"]], [2])
         self.do("queue", "send")
         self.intact(A=self.files)
-        self.do(*line("A", "--attach", a, c))
+        self.do(*create("A", "--attach", a, c))
         self.intact(A=dict(self.files, **{"c.txt": b"content\n"}))
         self.assertEqual(self.posts(), ["A"])
 
     def test_a_receipt_answers_for_its_origin_and_for_no_other(self):
-        run_id = self.do(*line("A", "-q", *self.attach)).out
+        run_id = self.do(*create("A", "-q", *self.attach)).out
         self.box.fault("drop-before", times=None)
         self.box.requests.clear()
-        self.assertEqual(self.do(*line("A", "-q")).out, run_id)
+        self.assertEqual(self.do(*create("A", "-q")).out, run_id)
         self.assertEqual(self.box.requests, [])
         with Sandbox() as other:
-            self.assertFalse(self.do(*line("A", "--json", *self.attach), box=other).json["queued"])
+            said = self.do(*create("A", "--json", *self.attach), box=other).json
+            self.assertFalse(said["queued"])
             self.intact(box=other, A=self.files)
 
     def test_ls_get_rm_send_and_retry_print_the_documents_that_are_promised(self):
-        self.do(*line("A", "--offline", "--client-run-ref", "ref-1", *self.attach))
-        self.do(*line("B", "--offline", "--client-run-ref", "ref-2", outcome="FAIL"))
+        self.do(*create("A", "--offline", "--client-run-ref", "ref-1", *self.attach))
+        self.do(*create("B", "--offline", "--client-run-ref", "ref-2", outcome="FAIL"))
         found = self.do("queue", "ls", "--json").json
         self.assertEqual(found["meta"], {"file": self.path, "parked": 0, "sent": 0, "waiting": 2,
                                          "bytes": os.path.getsize(self.path)})
@@ -3533,7 +3387,7 @@ class TestQueue(QueueCase):
         self.intact(A=self.files)
 
     def test_get_feeds_a_create_and_saves_the_files(self):
-        self.do(*line("A", "--offline", "--set", "shift=A", *self.attach))
+        self.do(*create("A", "--offline", "--set", "shift=A", *self.attach))
         ref = self.sql("SELECT ref FROM entry")[0]["ref"]
         body = self.do("queue", "get", ref[:6], "--json").out
         self.do("queue", "get", ref[:6], "--download", "saved")
@@ -3560,7 +3414,7 @@ class TestQueue(QueueCase):
             self.assertTrue(arrived.wait(30))
             second = self.do("queue", "send", **({"patch": patch} if patch else {}))
             go_on.set()
-            self.finish(first)
+            self.ended(first, 0)
             self.assertEqual("another process" in second.out + second.err, not patch)
             self.assertEqual(len(on_server(self.box)[serial]), len(serial))
 
@@ -3570,7 +3424,7 @@ class TestQueue(QueueCase):
         self.assertNotIn("\x1b", self.do("queue", "send", status=5).out)
         self.assertEqual(self.do("queue", "send", "--json", status=5).json,
                          {"sent": 0, "waiting": 0, "parked": 1, "runs": []})
-        self.assertIn("parked", self.do(*line("B")).err)
+        self.assertIn("parked", self.do(*create("B")).err)
         self.assertIn("bad", self.do("queue", "ls", "--json").json["data"][0]["error"])
         self.assertEqual(self.posts(), ["A", "B"])
         self.do("queue", "retry")
@@ -3585,14 +3439,14 @@ class TestQueue(QueueCase):
     seen[0] += sum(len(value) for value in args if type(value) is bytes)
     if seen[0] > 17 << 20: raise SystemExit("a transaction of more than 17 MiB")"""
         path = self.file("big.bin", big["big.bin"])
-        self.do(*line("A", "--offline", "--attach", path), patch=held)
+        self.do(*create("A", "--offline", "--attach", path), patch=held)
         self.assertGreater(os.path.getsize(self.path), 24 << 20)
         self.do("queue", "send")
         self.assertLess(os.path.getsize(self.path), before + (1 << 16))
         self.intact("small", A=big)
 
 
-class TestAnswers(QueueCase):
+class QueueAnswers(QueueCase):
     """The table of answers: what waits, what is parked, what ends the pass."""
 
     def test_each_answer_has_its_state_its_wait_and_its_effect(self):
@@ -3663,7 +3517,7 @@ class TestAnswers(QueueCase):
         """Control: with "403 ends the pass" in after_failure nothing after it goes out."""
         self.env["TOFUPILOT_API_KEY"] = self.box.station_key
         for number in range(20):
-            self.do(*line(f"S{number}", "--offline", procedure=(
+            self.do(*create(f"S{number}", "--offline", procedure=(
                 "proc_abc" if number != 5 else self.box.unlinked_procedure_id)))
         found = self.do("queue", "send", "--json", status=3).json
         self.assertEqual((found["sent"], found["waiting"], found["parked"]), (19, 1, 0))
@@ -3686,7 +3540,7 @@ class TestAnswers(QueueCase):
             with self.subTest(first):
                 parent, sub = f"P{number}", f"U{number}"
                 self.offline(*[sub] * (first == "sub-unit"))
-                self.do(*line(parent, "--offline", "--sub-units", sub))
+                self.do(*create(parent, "--offline", "--sub-units", sub))
                 self.offline(*[sub] * (first == "parent"))
                 if first == "sub-unit":
                     self.when(sub, "status", status=500)
@@ -3695,19 +3549,19 @@ class TestAnswers(QueueCase):
                 if first == "elsewhere":
                     row, = self.sql("SELECT * FROM entry WHERE serial_number = ?", parent)
                     self.assertEqual(row["next_try_at"] - row["failed_at"], 900)
-                    self.do(*line(sub), env={"TOFUPILOT_QUEUE": "other.queue"})
+                    self.do(*create(sub), env={"TOFUPILOT_QUEUE": "other.queue"})
                 self.do("queue", "retry", status=None)
                 self.do("queue", "retry")
                 self.assertEqual(len(on_server(self.box)[parent]), 1)
-        self.do(*line("P4", "--offline", "--sub-units", "never"))
+        self.do(*create("P4", "--offline", "--sub-units", "never"))
         self.sql("UPDATE entry SET stored_at = stored_at - 73 * 3600")
         self.do("queue", "send", status=5)
         self.assertEqual(self.states()["parked"], 1)
 
     def test_runs_of_one_unit_keep_their_order_and_parked_ones_block_nobody(self):
         self.offline("A", "B")
-        self.do(*line("A", "--offline", outcome="FAIL"))
-        self.do(*line("a", "--offline", outcome="ERROR"))
+        self.do(*create("A", "--offline", outcome="FAIL"))
+        self.do(*create("a", "--offline", outcome="ERROR"))
         self.when("A", "status", status=500)
         self.do("queue", "send", status=6)
         self.assertEqual(self.posts(), ["A", "B"])
@@ -3746,7 +3600,7 @@ class TestAnswers(QueueCase):
 
 
 @unittest.skipUnless(Forge.there, "the kills need fork")
-class TestExactlyOnce(QueueCase):
+class ExactlyOnce(QueueCase):
     """A run is on the server once and with all its files, whatever is lost or killed."""
 
     def test_a_lost_answer_makes_no_second_run(self):
@@ -3759,13 +3613,13 @@ class TestExactlyOnce(QueueCase):
                     serial = kind + "".join(more)
                     expected[serial] = self.files
                     box.fault(kind, "POST /v2/runs", **options)
-                    self.do(*line(serial, "--timeout", "0.2", *(more + self.attach)))
+                    self.do(*create(serial, "--timeout", "0.2", *(more + self.attach)))
                     self.do("queue", "send", "--timeout", "0.2", status=None)
                     box.calm()
                     self.do("queue", "retry")
             self.intact(**expected)
             box.fault("drop-after", "POST /v2/runs")
-            self.do(*line("control"), patch=NO_LOOK)
+            self.do(*create("control"), patch=NO_LOOK)
             self.do("queue", "retry", patch=NO_LOOK)
             self.assertEqual(len(on_server(box)["control"]), 2 - box.store.knows_ref)
         self.with_both(check)
@@ -3776,12 +3630,12 @@ class TestExactlyOnce(QueueCase):
             for number, more in enumerate((["--set", "x=1"], ["--set", "x=2"], [],
                                            ["--docstring", "d"], ["--operated-by", "Eve"])):
                 box.fault("drop-after", "POST /v2/runs")
-                self.do(*line("A", "--offline", *more))
+                self.do(*create("A", "--offline", *more))
                 self.do("queue", "send", status=6)
                 self.do("queue", "retry")
                 self.assertEqual(len(on_server(box)["A"]), number + 1)
             box.fault("drop-before", "POST /v2/runs")
-            self.do(*line("A", "--set", "x=3"))
+            self.do(*create("A", "--set", "x=3"))
             self.do("queue", "retry", patch="runs.same_run = lambda row, body: True")
             self.assertEqual(len(on_server(box)["A"]), 6)   # those of other entries are known
         self.with_both(check)
@@ -3817,7 +3671,7 @@ class TestExactlyOnce(QueueCase):
                     def step(number):
                         serial = f"{command}-{drop}-{number}"
                         expected[serial] = self.files
-                        words = line(serial, *self.attach)
+                        words = create(serial, *self.attach)
                         if command == "send":
                             self.do(*(words + ["--offline"]))
                             words = ["queue", "send"]
@@ -3836,7 +3690,7 @@ class TestExactlyOnce(QueueCase):
         def step(number):
             serial = f"A{number}"
             expected[serial] = self.files
-            words = line(serial, "--offline", *self.attach)
+            words = create(serial, "--offline", *self.attach)
             ran = self.do(*words, patch=KILL, n=number, status=None)
             if number % 5 == 0:     # a sender comes between
                 self.do("queue", "send", status=None)
@@ -3857,7 +3711,7 @@ class TestExactlyOnce(QueueCase):
                 def step(number):
                     serial = f"{'BA'[not patch]}{number}"
                     expected[serial] = self.files
-                    self.do(*line(serial, "--offline", *self.attach))
+                    self.do(*create(serial, "--offline", *self.attach))
                     ran = self.do("queue", "send", patch=patch + KILL, n=number, status=None)
                     self.do("queue", "retry", patch=patch)
                     return ran
@@ -3874,7 +3728,7 @@ class TestExactlyOnce(QueueCase):
         self.one, self.two = [os.path.join(self.folder, f"{name}{number}.queue") for name in "12"]
         self.env["TOFUPILOT_QUEUE"] = self.one
         self.offline(f"A{number}")
-        self.do(*line(f"B{number}", "--offline", *self.attach))
+        self.do(*create(f"B{number}", "--offline", *self.attach))
         ran = self.do("queue", "move", self.two, n=number, status=None, patch=patch + KILL)
         found = [row for path in (self.one, self.two) if os.path.exists(path) and self.sql(
             "SELECT 1 FROM sqlite_master", path=path) for row in self.sql(
@@ -3899,7 +3753,7 @@ class TestExactlyOnce(QueueCase):
             self.do("queue", "send", "--queue", self.two)
             return ran
         self.until_done(step, 20)
-        self.do(*line("A1"), env={"TOFUPILOT_QUEUE": os.path.join(self.folder, "11.queue")})
+        self.do(*create("A1"), env={"TOFUPILOT_QUEUE": os.path.join(self.folder, "11.queue")})
         self.intact(**expected)     # the create was answered by the receipt
         no_mark = """
 marked = runs.Queue.run
@@ -3914,7 +3768,7 @@ runs.Queue.run = lambda self, sql, *values: marked(self, sql.replace(
         self.fail("the control did not fail")
 
 
-class TestCrowd(QueueCase):
+class Crowd(QueueCase):
     """Several processes at one queue file."""
 
     def test_four_senders_and_sixteen_writers_bring_each_run_to_the_server_once(self):
@@ -3922,11 +3776,11 @@ class TestCrowd(QueueCase):
         self.box.store.knows_ref = False
         serials = [f"A{number}" for number in range(16)]
         self.offline("A0")
-        crowd = [self.start(*line(serial, *["--offline"][number % 2:]))
+        crowd = [self.start(*create(serial, *["--offline"][number % 2:]))
                  for number, serial in enumerate(serials)]
         crowd[4:4] = [self.start("queue", "send") for _ in range(4)]
         for process in crowd:
-            self.finish(process)
+            self.ended(process, 0)
         self.do("queue", "send")
         self.intact(*serials)
         self.assertEqual(self.states(), {"sent": 16})
@@ -3939,7 +3793,8 @@ class TestCrowd(QueueCase):
         for number in range(20):
             self.env["TOFUPILOT_QUEUE"] = self.path = os.path.join(self.folder, f"{number % 4}.q")
             for forge in forges:
-                forge.start(self.folder, self.env, line(f"A{number}", *["--offline"][number % 2:]))
+                forge.start(self.folder, self.env, create(
+                    f"A{number}", *["--offline"][number % 2:]))
             for ran in [forge.end() for forge in forges]:
                 self.assertEqual((ran.status, ran.err), (0, ""), ran)
             self.do("queue", "send")
@@ -3947,7 +3802,7 @@ class TestCrowd(QueueCase):
         self.intact(*[f"A{number}" for number in range(20)])
 
 
-class TestBadDisk(QueueCase):
+class BadDisk(QueueCase):
     """A queue that cannot be written: the run goes directly, or is told to be not stored."""
 
     def broken(self):
@@ -3960,41 +3815,39 @@ class TestBadDisk(QueueCase):
         self.sql("PRAGMA user_version = 1", path=foreign)
         read_only = self.file("read only.queue", data)
         os.chmod(read_only, 0o400)
-        return [("a folder", self.folder), ("newer", newer), ("foreign", foreign),
+        os.mkdir("folder")
+        return [("a folder", os.path.join(self.folder, "folder")), ("newer", newer),
+                ("foreign", foreign),
                 ("in no folder", os.path.join(self.folder, "missing", "x.queue")),
                 ("text", self.file("notes.txt", b"Dear queue, this is no SQLite file.\n" * 9)),
                 ("short", self.file("short", b"SQLite format 3")), ("zeros", self.file(
                     "zeros", bytes(5000))), ("cut", self.file("cut.queue", data[:4096])),
                 ("damaged", self.file("damaged.queue", data[:100] + b"\xa5" * (len(data) - 100)))
-                ] + [("read only", read_only)] * (os.name == "posix" and os.geteuid() != 0)
+                ] + [("read only", read_only)] * (POSIX and os.geteuid() != 0)
 
     def test_a_broken_queue_is_left_as_it_is_and_the_run_is_sent_directly(self):
         """Control: swallow the error of Queue(): exit 0 and no run."""
         for number, (name, path) in enumerate(self.broken()):
             with self.subTest(name):
                 before, queue, serial = content(path), {"TOFUPILOT_QUEUE": path}, f"A{number}"
-                ran = self.do(*line(serial), env=queue)
+                ran = self.do(*create(serial), env=queue)
                 self.assertIn("Created", ran.out)
                 self.assertRegex(ran.err, "warning.*" + re.escape(path))
                 self.box.fault("drop-before", times=None)
-                ran = self.do(*line("lost" + serial, "--retries", "0"), env=queue, status=6)
+                ran = self.do(*create("lost" + serial, "--retries", "0"), env=queue, status=6)
                 self.assertIn("NOT stored", ran.err)
                 self.calm()
-                ran = self.do(*line("off" + serial, "--offline", "--json"), env=queue, status=6)
+                ran = self.do(*create("off" + serial, "--offline", "--json"), env=queue, status=6)
                 self.assertIn("NOT stored", ran.error["message"])
                 self.assertIn(path, ran.error["message"])
                 self.do("queue", "ls", env=queue, status=4 if name == "in no folder" else 6)
                 self.assertEqual(content(path), before)
                 self.assertEqual(len(on_server(self.box)), number + 1)
 
-    def test_without_sqlite3_the_run_is_sent_directly(self):
-        self.assertIn("sqlite3", self.do(*line("A"), patch="sys.modules['sqlite3'] = None").err)
-        self.intact("A")
-
     def test_a_disk_that_fills_at_any_statement_leaves_what_is_stored(self):
         """The error of a full disk from each writing statement on, in create, send and move."""
-        create = line("new", "--offline", "--attach", self.file("c.txt", b"c" * 200000))
-        for command in (create, ["queue", "send"], ["queue", "move", "stick.queue"]):
+        new = create("new", "--offline", "--attach", self.file("c.txt", b"c" * 200000))
+        for command in (new, ["queue", "send"], ["queue", "move", "stick.queue"]):
             def step(number):
                 for name in os.listdir(self.folder):
                     if "queue" in name:
@@ -4002,7 +3855,7 @@ class TestBadDisk(QueueCase):
                 self.offline("A", "B")
                 ran = self.do(*command, patch=FULL_DISK, n=2 * number, status=None)
                 self.assertIn(ran.status, (0, 6), ran)
-                if command is create:
+                if command is new:
                     self.assertEqual("NOT stored" in ran.err, ran.status == 6)
                     self.assertEqual(
                         [row["serial_number"] for row in self.do("queue", "ls", "--json").json[
@@ -4026,12 +3879,12 @@ class TestBadDisk(QueueCase):
         self.env["TOFUPILOT_QUEUE"] = self.path = os.path.join(disk, "line.queue")
         expected = {}
         for number in range(9):
-            ran = self.do(*line(f"A{number}", "--offline", *self.attach), status=None)
+            ran = self.do(*create(f"A{number}", "--offline", *self.attach), status=None)
             self.assertEqual((ran.status, "NOT stored" in ran.err), (6, True) if ran.status else (
                 0, False))
             expected.update({} if ran.status else {f"A{number}": self.files})
         self.assertTrue(1 <= len(expected) <= 5, expected)
-        self.assertIn("warning", self.do(*line("direct", *self.attach)).err)
+        self.assertIn("warning", self.do(*create("direct", *self.attach)).err)
         self.do("queue", "move", roomy)
         with open(os.path.join(disk, "filler"), "wb", 0) as filler, contextlib.suppress(OSError):
             while filler.write(bytes(1000)):
@@ -4048,7 +3901,7 @@ class TestBadDisk(QueueCase):
         self.intact(direct=self.files, **expected)
 
 
-class TestStored(QueueCase):
+class Stored(QueueCase):
     """Once it is stored nothing turns exit 0 into another."""
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
@@ -4058,21 +3911,20 @@ class TestStored(QueueCase):
                                         '{ "$@"; echo $? >&2; } | :')):
             command[2] = shell
             for more in (["--offline"], ["--json"]):
-                ran = self.finish(subprocess.Popen(
-                    command + line(f"A{number}{len(more[0])}", *more), env=self.env,
-                    cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+                ran = self.ended(self.popen(
+                    *command, *create(f"A{number}{len(more[0])}", *more)), 0)
                 self.assertIn(ran.err, ("", "0\n"))
         self.assertEqual(self.states(), {"sent": 8})
 
-    @unittest.skipUnless(os.name == "posix", "needs signals")
+    @unittest.skipUnless(POSIX, "needs signals")
     def test_ctrl_c_and_sigterm_after_the_commit_are_exit_0(self):
         for number, sign in enumerate((signal.SIGINT, signal.SIGTERM)):
             arrived, go_on = threading.Event(), threading.Event()
             self.box.on_request = lambda record: arrived.set() or go_on.wait(30)
-            process = self.start(*line(f"A{number}", "--json"))
+            process = self.start(*create(f"A{number}", "--json"))
             self.assertTrue(arrived.wait(30))
             process.send_signal(sign)
-            said = self.finish(process).json
+            said = self.ended(process, 0).json
             go_on.set()
             self.assertEqual((said["id"], said["queued"]), (None, True))
             self.calm()
@@ -4086,15 +3938,16 @@ class TestStored(QueueCase):
                            ("locked", "raise self.unusable('database is locked')")):
             for number in range(1, 6):
                 with self.subTest(name, number=number):
-                    self.do(*line(f"{name}-{number}", "--offline"), n=number, patch=AT_STATEMENT % (
-                        "sql == 'COMMIT': seen[0] = 1000\n    if seen[0] == 1000 + n: " + what))
+                    patch = AT_STATEMENT % (
+                        "sql == 'COMMIT': seen[0] = 1000\n    if seen[0] == 1000 + n: " + what)
+                    self.do(*create(f"{name}-{number}", "--offline"), n=number, patch=patch)
         self.assertEqual(self.states(), {"waiting": 11})
 
     def test_a_server_that_never_answers_holds_a_create_for_a_limited_time(self):
         """With ten seconds patched to half a second. Control: within() that waits to the end."""
         self.box.fault("slow", event=threading.Event(), times=None)
         started = time.monotonic()
-        said = self.do(*line("A", "--json"), patch="kept = runs.within\nruns.within = "
+        said = self.do(*create("A", "--json"), patch="kept = runs.within\nruns.within = "
                        "lambda seconds, work: kept(seconds / 20, work)").json
         self.assertLess(time.monotonic() - started, 9)      # else it is the time-out's 30
         self.assertTrue(said["queued"])
@@ -4103,7 +3956,7 @@ class TestStored(QueueCase):
         self.intact("A")
 
 
-class TestMove(QueueCase):
+class Moving(QueueCase):
     def setUp(self):
         super().setUp()
         self.stick, self.third = [os.path.join(self.folder, name) for name in ("stick", "third")]
@@ -4113,7 +3966,7 @@ class TestMove(QueueCase):
 
     def test_runs_go_to_a_stick_and_on_and_back_and_never_twice(self):
         """Control: with `came` ignored, a run that comes back is refused by its own receipt."""
-        words = line("A", "--offline", *self.attach)
+        words = create("A", "--offline", *self.attach)
         self.do(*words)
         stops = [self.path, self.stick, self.path, self.stick, self.third, self.path, self.third]
         for source, target in zip(stops, stops[1:]):
@@ -4128,7 +3981,7 @@ class TestMove(QueueCase):
 
     def test_a_run_that_comes_back_before_its_move_is_finished_is_not_lost(self):
         """Killed between insert and end; the stick moves back; then the first move is repeated."""
-        self.do(*line("A", "--offline", *self.attach))
+        self.do(*create("A", "--offline", *self.attach))
         for number in range(1, 99):
             self.move(self.path, self.stick, patch=KILL, n=number, status=-9)
             if os.path.exists(self.stick) and self.sql(
@@ -4157,7 +4010,7 @@ class TestMove(QueueCase):
 
     def test_progress_comes_along(self):
         """The run is there and its files uploaded: the stick's sender links them, no more."""
-        self.do(*line("A", "--offline", *self.attach))
+        self.do(*create("A", "--offline", *self.attach))
         self.box.fault("status", "PATCH /v2/runs/{id}")
         self.do("queue", "send", status=6)
         self.move(self.path, self.stick)
@@ -4187,7 +4040,7 @@ class TestMove(QueueCase):
     def test_a_killed_queue_is_fine_where_it_lies(self):
         """A journal is hot (killed amid a spilled transaction): opened in place it recovers."""
         self.offline("A")
-        words = line("B", "--offline", "--attach", self.file("b", b"b" * 9000000))
+        words = create("B", "--offline", "--attach", self.file("b", b"b" * 9000000))
         self.do(*words, n=90, status=-9, patch="import sqlite3" + AT_STATEMENT % """seen[0] == 5:
         real(self, "PRAGMA cache_size = 5")
     if seen[0] == n: os.kill(os.getpid(), 9)""")
@@ -4259,7 +4112,7 @@ class Trial:
             else:
                 serial, count = f"S{number}-{count}", count + 1
                 names = chance.sample(sorted(self.files), chance.randint(0, 3))
-                words = line(serial, *(queue + ["--offline"] * (chance.random() < 0.5)))
+                words = create(serial, *(queue + ["--offline"] * (chance.random() < 0.5)))
                 words += (["--attach"] + names) if names else []
                 with self.lock:
                     self.expected[serial] = {name: self.files[name] for name in names}
@@ -4317,7 +4170,6 @@ def fleet(jitter=True, asked=None, seed=1):
     server takes 20 requests in each second and answers 429 to the others, with a Retry-After of
     `asked` seconds, or without one (None). jitter=False takes out all that is random.
     """
-    import heapq
     chance, kept = random.Random(seed), random.uniform
     random.uniform = chance.uniform if jitter else lambda low, high: high
     taken, seen = collections.Counter(), collections.Counter()
@@ -4358,7 +4210,7 @@ def fleet(jitter=True, asked=None, seed=1):
     return last, 200 * 50 / 20, 1 - 10000 / total, max(seen.values())
 
 
-class TestTrials(unittest.TestCase):
+class Trials(unittest.TestCase):
     @unittest.skipUnless(Forge.there, "the kills need fork")
     def test_sixty_random_kills_lose_and_double_nothing(self):
         for knows_ref in (False, True):
@@ -4381,7 +4233,6 @@ class TestTrials(unittest.TestCase):
 
 @unittest.skipUnless(shutil.which("bash"), "the recipes are for a shell: bash is missing")
 class Readme(Case):
-    options = {}
 
     def setUp(self):
         super().setUp()
@@ -4398,16 +4249,12 @@ class Readme(Case):
             f"cat > report.py <<'END'\n{code}END\npython3 -B report.py\n"
             for code in self.blocks("python")]
         self.assertGreater(len(blocks), 8)
-        process = subprocess.Popen(["bash", "-e", "-u"], cwd=self.folder, stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=dict(
-                                       self.env, PATH=f"{self.folder}:{os.environ['PATH']}"))
-        told = process.communicate("\n".join(blocks).encode())[0].decode()
-        self.assertEqual(process.returncode, 0, told)
-        self.assertIn("Created run", told)
+        told = self.ended(self.popen("bash", "-e", "-u", env={
+            "PATH": f"{self.folder}:{os.environ['PATH']}"}), 0, "\n".join(blocks).encode())
+        self.assertIn("Created run", told.out)
         serials = [row["unit"]["serial_number"] for row in self.ok("ls", "--json").json["data"]]
         self.assertEqual(sorted(set(serials)), [f"SN-000{number}" for number in range(1, 6)])
-        with open(os.path.join(self.folder, "evidence", "log.txt")) as file:
-            self.assertEqual(file.read(), "tx_power 17.1 dBm\n")
+        self.assertEqual(content("evidence/log.txt"), b"tx_power 17.1 dBm\n")
 
     def test_the_reference_names_every_flag_and_the_page_stays_short(self):
         for name, command in runs.COMMANDS.items():
@@ -4510,23 +4357,22 @@ class Bench:
 def bench_start(bench, peer):
     def python(code):
         return [sys.executable, "-c", code]
-    create, folder = list(CREATE), bench.folder
-    shutil.copy(SCRIPT, folder)
-    bench.environment.update(PYTHONPATH=folder)
+    shutil.copy(SCRIPT, bench.folder)
+    bench.environment.update(PYTHONPATH=bench.folder)
     bench.environment.pop("PYTHONDONTWRITEBYTECODE", None)
     module = [sys.executable, "-m", "tofupilot_runs"]
     floor = "import argparse, json"
     bench.pair("--help / argparse, json", 1.6, bench.script("--help"), python(floor))
     bench.pair("ls --help / the same", 2.0, bench.script("ls", "--help"), python(floor))
-    bench.pair("create --offline / with sqlite3", 1.8, bench.script(*(create + ["--offline"])),
+    bench.pair("create --offline / with sqlite3", 1.8, bench.script(*CREATE, "--offline"),
                python(floor + ", sqlite3"))
     bench.pair("python3 -m, --help / argparse, json", 1.6, module + ["--help"], python(floor))
     bench.pair("python3 -m, create --offline / with sqlite3", 1.8,
-               module + create + ["--offline"], python(floor + ", sqlite3"))
+               module + CREATE + ["--offline"], python(floor + ", sqlite3"))
     bare = (floor + ", os, urllib.request as u; json.load(u.urlopen(u.Request(os.environ['API'] + "
             "'/v2/runs?limit=50', headers={'Authorization': 'Bearer ' + os.environ['KEY']})))")
     bench.pair("ls / one bare request", 1.4, bench.script("ls", "--json"), python(bare))
-    bench.pair("create / one bare request", 1.4, bench.script(*create), python(bare))
+    bench.pair("create / one bare request", 1.4, bench.script(*CREATE), python(bare))
     if peer:
         bench.pair("one ls / the official SDK", 0.15, bench.script("ls", "--json"), [
             peer, "-c", "import os; from tofupilot.v2 import TofuPilot; peer = TofuPilot(api_key="
@@ -4569,10 +4415,7 @@ def bench_files(bench):
 def bench_queue(bench, count=10000):
     """queue send against a bare keep-alive loop of the same POSTs, in runs a second."""
     queue = os.path.join(bench.folder, "many.queue")
-    bodies = [runs.with_ref(runs.check("create", {
-        "outcome": "PASS", "procedure_id": "proc_abc", "serial_number": f"Q-{number}",
-        "started_at": "2026-05-19T08:00:00Z", "ended_at": "2026-05-19T08:00:42Z"}))
-        for number in range(count)]
+    bodies = [runs.with_ref(dict(BODY, serial_number=f"Q-{number}")) for number in range(count)]
     costs = []
     with runs.Queue(queue) as store:
         for body in bodies:
@@ -4619,12 +4462,11 @@ def bench(argv):
     return 1 if table.missed else 0
 
 
-# ---- main --------------------------------------------------------------------------------------
+# ---- main ----------------------------------------------------------------------------------------
 
 def test_classes():
-    return sorted(name for name, item in globals().items()
-                  if isinstance(item, type) and issubclass(item, unittest.TestCase)
-                  and item is not Case)
+    return sorted(name for name, item in globals().items() if isinstance(item, type)
+                  and issubclass(item, unittest.TestCase) and name[-4:] != "Case")
 
 
 def run_class(name, python):
@@ -4676,10 +4518,9 @@ def test_with(python):
 def find_pythons():
     """An interpreter for each version from 3.6 to 3.13 that is there."""
     found = {}
-    root = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
     places = [os.path.join(folder, f"python3.{minor}") for minor in range(6, 14)
               for folder in os.environ.get("PATH", "").split(os.pathsep)]
-    for path in places + sorted(glob.glob(os.path.join(root, "versions", "3.*", "bin", "python"))):
+    for path in places + sorted(glob.glob(os.path.join(PYENV, "versions", "3.*", "bin", "python"))):
         if os.access(path, os.X_OK) and "shims" not in path:
             told = subprocess.run([path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"],
                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.decode()
