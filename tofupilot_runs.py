@@ -23,6 +23,7 @@ which a command flows; each uses only those above it:
 """
 f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
 
+import argparse
 import collections
 import contextlib
 import datetime
@@ -3153,125 +3154,132 @@ queue
 
 METAVARS = dict(pair.split("=") for pair in """id=ID duration=DURATION time=TIME when=TIME
     seconds=S record=JSON metadata=JSON object=JSON integer=N limit=N count=N page=N path=FILE
-    boolean=[true|false]""".split())
+    boolean=true|false""".split())
 
 
-def help_text(path):
-    """The help of a command: one sentence, examples, flags in groups. Without one, the manual."""
-    if path not in COMMANDS:
-        inner = inner_commands(path)
-        lines = [f"usage: {PROG} {path} COMMAND [flags]", ""] + [
-            f"  {key:<24}{COMMANDS[key].sentence}" for key in inner]
-        return "\n".join(lines) + "\n" if " " in inner[0] else MANUAL
-    lines = [f"usage: {PROG} {path} [flags]", "", COMMANDS[path].sentence, ""] + [
-        f"  {PROG} {path}{line}" for line in COMMANDS[path].examples]
-    width, groups = min(100, terminal_width()) - 1, {}
-    for field in COMMANDS[path].fields + GLOBAL:
-        value = METAVARS.get(field.kind) or field.name.rstrip("s").rpartition("_")[2].upper()
-        value += f" [{value} ...]" if field.many and not field.fields else ""
-        head = f"  {flag(field.name)} " + (value if field.kind != "flag" else "")
-        text = field.help + (": " + " ".join(field.choices) if field.choices else "") + (
-            f"; e.g. {field.example}" if field.example and field.kind != "boolean" else "")
-        rows = groups.setdefault(field.group, ["", field.group + ":"])
-        rows += [head.ljust(29)] if len(head) < 30 else [head, " " * 29]
-        for word in text.split():
-            if len(rows[-1]) + len(word) >= width:
-                rows.append(" " * 29)
-            rows[-1] += " " + word
-    return "\n".join(sum(groups.values(), lines)) + "\n"
+class Parser(argparse.ArgumentParser):
+    """argparse that fills a command's flags when it is called, and raises what it finds."""
+    fill = None
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.fill:
+            fill, self.fill = self.fill, None
+            fill(self)
+        return super().parse_known_args(args, namespace)
+
+    def _get_option_tuples(self, option_string):
+        # no abbreviations; allow_abbrev=False would refuse -qv before 3.8
+        return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            meant = closest(value, list(action.choices))
+            raise BadInput(f"there is no command {shown(value, 60)}",
+                           f"did you mean {meant}?" if meant else f"{PROG} --help lists them")
+
+    def error(self, message):
+        raise BadInput(message.replace("argument ", "", 1), f"see {self.prog} --help"
+                       + ("; a value that begins with - needs = before it"
+                          if "expected" in message else ""))
+
+
+def add_flags(parser, fields):
+    """The flags of a table's rows, in groups. A flag that is not given is not in the result."""
+    groups = {}
+    for field in fields:
+        if field.group not in groups:
+            groups[field.group] = parser.add_argument_group(field.group)
+        name, more = flag(field.name), {"default": argparse.SUPPRESS, "dest": field.name}
+        if field.kind == "flag":
+            more["action"] = "store_true"
+        else:
+            more["metavar"] = METAVARS.get(field.kind) or (
+                field.name.rstrip("s").rpartition("_")[2].upper())
+        if field.kind == "boolean":
+            more.update(nargs="?", const="true")
+        if field.many and not field.fields:
+            more.update(nargs="+", action="append")
+            if name.endswith("s"):      # the singular, accepted in silence
+                parser.add_argument(name[:-1], help=argparse.SUPPRESS, **more)
+        text = field.help + (": " + " ".join(field.choices) if field.choices else "")
+        text += f"; e.g. {field.example}" if field.example and field.kind != "boolean" else ""
+        groups[field.group].add_argument(name, help=text.replace("%", "%%"), **more)
+
+
+def new_parser(path, made=Parser, **more):
+    """A parser for a command; its flags, or the commands below it, come when it is called."""
+    words = {"queue get": " REF", "queue rm": " REF ...", "queue retry": " [REF ...]",
+             "queue move": " FILE"}.get(path, "")
+    parser = made(usage=f"{PROG} {path}{words} [flags]", add_help=False, formatter_class=lambda prog:
+                  argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
+                                                       width=min(100, terminal_width()) - 1), **more)
+    parser.prog = f"{PROG} {path}".rstrip()
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.fill = lambda parser: fill(parser, path)
+    return parser
+
+
+def fill(parser, path):
+    command = COMMANDS.get(path)
+    if command:
+        parser.set_defaults(entry=path)
+        parser.description = f"{command.sentence}\n\n" + "\n".join(
+            f"  {PROG} {path}{line}" for line in command.examples)
+        add_flags(parser, command.fields + GLOBAL)
+        return
+    names = inner_commands(path)
+    parser.format_help = lambda: f"usage: {PROG} {path} COMMAND [flags]\n\n" + "".join(
+        f"  {name:<18}{COMMANDS[name].sentence}\n" for name in names) if path else MANUAL
+    if not path:
+        add_flags(parser, GLOBAL)
+        names = ["runs"] + list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+    tree = parser.add_subparsers(dest=path + " word", parser_class=Parser)
+    for name in names:
+        new_parser(name, lambda **more: tree.add_parser(name.rpartition(" ")[2], **more))
 
 
 def inner_commands(path):
-    """The commands that begin with these words; without such, those of one word."""
+    """The commands that begin with this word, or those of one word."""
     return [key for key in COMMANDS if key.startswith(path + " ")] or [
-        key for key in COMMANDS if " " not in key]
-
-
-def next_command(path, word):
-    """The words of a command with one more."""
-    known = [key.rpartition(" ")[2] for key in inner_commands(path)]
-    known += [] if path else ["runs", "attachments", "queue"]
-    if path == "runs":
-        known.remove("check")
-    if word not in known:
-        meant = closest(word, known)
-        raise BadInput(f"there is no command {shown(word, 60)}",
-                       f"did you mean {meant}?" if meant else f"{PROG} --help lists them")
-    return word if path in ("", "runs") else f"{path} {word}"
-
-
-def is_value(word):
-    return word == "-" or not word.startswith("-")
+        key for key in COMMANDS if " " not in key and (key != "check" or not path)]
 
 
 def parse(argv):
-    """(command, its flags, its plain words) of a command line; BadInput for what is wrong.
-
-    A flag's value is its word, the list of its words, or True where it takes none. No flags at all
-    (None): help is asked for.
-    """
-    rest, path, flags, words, unknown = collections.deque(argv), "", {}, [], None
-    known = {flag(field.name): field for field in GLOBAL}
-    while rest:
-        word = rest.popleft()
-        if is_value(word) and path in COMMANDS:
-            words.append(word)
-            continue
-        if is_value(word):
-            path = next_command(path, word)
-            fields = COMMANDS[path].fields if path in COMMANDS else ()
-            known.update((flag(field.name), field) for field in fields)
-            continue
-        if word in ("-h", "--help"):
-            return path, None, []
-        if len(word) > 2 and set(word[1:]) <= set("hqv"):
-            rest.extendleft("-" + letter for letter in reversed(word[1:]))
-            continue
-        word, equals, value = word.partition("=")
-        field = known.get(word) or known.get(word + "s")
-        if not field or word not in known and not field.many:   # of lists the singular too
-            unknown = unknown or word
-            continue
-        listed, values = field.many and not field.fields, [value] if equals else []
-        takes = 0 if equals or field.kind == "flag" else len(rest) if listed else 1
-        while rest and is_value(rest[0]) and len(values) < takes:
-            values.append(rest.popleft())
-        if equals and field.kind == "flag":
-            raise BadInput(f"{word} takes no value", f"see {PROG} --help")
-        if not values and field.kind not in ("flag", "boolean"):
-            raise BadInput(f"{word}: expected a value", "a value that begins with - needs =, such "
-                           "as --serial-numbers=-A1")
-        if listed:
-            flags.setdefault(field.name, []).extend(values)
-        else:
-            flags[field.name] = values[0] if values else field.kind == "flag" or "true"
-    if unknown:
-        meant = closest(unknown, list(known))
-        example = meant and f"{path} {meant} {known[meant].example}".strip()
-        raise BadInput(f"unknown option {unknown[:60]}",
-                       f"did you mean {meant}? Example: {example}" if meant
-                       else f"{PROG} {path} --help lists them")
-    if path not in COMMANDS:
-        raise BadInput("a command is missing", "one of: " + ", ".join(inner_commands(path)))
+    """(command, its flags, its plain words) of a command line; BadInput for what is wrong."""
+    found, words = new_parser("").parse_known_args(argv)
+    found = vars(found)
+    path = found.pop("entry", None)
+    known = {flag(field.name): field
+             for field in (COMMANDS[path].fields if path else ()) + GLOBAL}
+    for word in words:
+        if word.startswith("-") and word != "-":
+            word = word.partition("=")[0]
+            meant = closest(word, list(known))
+            raise BadInput(f"unknown option {word[:60]}", (
+                f"did you mean {meant}? Example: {path or ''} {meant} {known[meant].example}"
+                if meant else f"{PROG} {path or ''} --help lists them"))
+    if not path:
+        raise BadInput("a command is missing",
+                       "one of: " + ", ".join(inner_commands(found.get(" word") or "")))
     if words and not path.startswith("queue "):
         raise BadInput(f"unexpected word {words[0][:60]}", "values follow their flag")
-    return path, flags, words
+    for name, field in ((field.name, field) for field in known.values()):
+        if name in found and field.many and not field.fields:
+            found[name] = sum(found[name], [])
+    return path, found, words
 
 
 def execute(argv):
     """Runs a command line and writes its result. Returns the exit status."""
     if argv[:1] == ["help"]:
         argv = argv[1:] + ["--help"]
-    if argv == ["--version"]:
-        sys.stdout.write(version_text())
+    if argv in (["--version"], ["--help"], ["-h"]):
+        sys.stdout.write(version_text() if argv == ["--version"] else MANUAL)
         return 0
     if not argv:
         sys.stderr.write(SUMMARY)
         return 2
     name, flags, words = parse(argv)
-    if flags is None:
-        sys.stdout.write(help_text(name))
-        return 0
     catch_sigterm()
     call = Call(flags, words, COMMANDS[name].fields + GLOBAL)
     out, columns = call.get("out"), call.get("columns")
@@ -3345,6 +3353,8 @@ def main(argv=None):
         status = execute(argv)
         sys.stdout.flush()
         return status
+    except SystemExit as ended:         # argparse, after its help
+        return ended.code or 0
     except KeyboardInterrupt as error:
         failure = Stopped("stopped by Ctrl-C")
         if isinstance(error, Terminated):
