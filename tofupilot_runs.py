@@ -23,6 +23,11 @@ which a command flows; each uses only those above it:
 """
 f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main is ready: no traceback
+
 import argparse
 import collections
 import contextlib
@@ -63,6 +68,9 @@ class Error(Exception):
         super().__init__(message)
         self.message, self.hint, self.status, self.code = message, hint, status, code
         self.issues = list(issues)
+
+    def __str__(self):
+        return "\n  ".join([self.message] + self.issues)
 
     def as_json(self):
         """The object that --json prints on stderr."""
@@ -186,8 +194,10 @@ def parse_time(text, now=None):
     text = text.strip()
     past = re.fullmatch(r"(\d{1,9})([smhdw])|now", text.lower(), re.A)
     date = re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.A)
-    if (past or date) and not now:
+    if past and not now:
         raise ValueError(f"{text} would make each repetition another run: give the whole time")
+    if date and not now:
+        raise ValueError(f"give the time of day too, such as {text}T08:00:00Z")
     if past:
         length = int(past.group(1) or 0) * _SECONDS[past.group(2) or "s"]
         return (now - datetime.timedelta(seconds=length)).isoformat(timespec="milliseconds")
@@ -275,6 +285,11 @@ def seconds_text(total):
     while parts[0][0] == "0":
         parts.pop(0)
     return " ".join(part for part in parts[:2] if part[0] != "0")
+
+
+def counted(count, word):
+    """1 run, 2 runs."""
+    return f"{count} {word}" + ("" if count == 1 else "s")
 
 
 def size_text(size):
@@ -366,7 +381,8 @@ def closest(word, known):
     import difflib
     usual = dict(pair.split("=") for pair in """list=ls delete=rm remove=rm show=get add=create
         upload=create-attachment attach=create-attachment status=check --serial=--serial-number
-        --part=--part-number --batch=--batch-number --since=--started-after --id=--id
+        --sn=--serial-number
+        --part=--part-number --batch=--batch-number --since=--started-after
         --after=--started-after --before=--started-before --until=--started-before
         --procedure=--procedure-id --station=--created-by-station-id --user=--created-by-user-id
         --operator=--operated-by --key=--api-key-file --api-key=--api-key-file --sort=--sort-by
@@ -752,7 +768,7 @@ def parse_origin(text, allow_http=False, what="--url"):
         must(parts.path.rstrip("/") in ("", "/api") and not parts.query + parts.fragment,
              f"{what} must be the address of the server alone, such as {CLOUD}")
     except ValueError as error:
-        raise BadInput(str(error)) from None
+        raise BadInput(str(error), f"give an address such as {CLOUD}") from None
     return f"{parts.scheme}://{parts.netloc}"
 
 
@@ -1011,6 +1027,8 @@ def lost(request, error, stale):
         why = f"its certificate cannot be verified\n{getattr(error, 'verify_message', '') or error}"
         hint = ("--ca-cert FILE (or TOFUPILOT_CA_CERT) adds a private CA. This machine's clock\n"
                 f"says {time.strftime('%Y-%m-%d %H:%M')}: if that is wrong, set it first")
+        if re.search("(?i)hostname|doesn't match|IP address mismatch", why):
+            hint = "name the server in --url as its certificate does"
         again = False
     elif isinstance(error, socket.gaierror):
         why = "name not found (DNS)"
@@ -1220,16 +1238,21 @@ class Client:
         try:
             return self.perform(lambda resend: self.send(operation, wire, resend),
                                 operation != "create_attachment")
-        except NotFound as error:
-            id = wire.get("id")
-            if id:
-                kind = "upload" if operation == "finalize" else "run"
-                said = error.message.partition(": ")[2]
-                error.message = f"no {kind} {shown(id, 80)} (404): {said}"
-                length = f"this ID has {len(id)} characters, IDs have 36: "
-                error.hint = (length if len(id) != 36 else "") + (
-                    "copy the whole ID; ls -q prints bare IDs")
-            raise
+        except (NotFound, Refused) as error:
+            id, said = wire.get("id"), error.message.partition(": ")[2]
+            wrong = error.status == 400 and re.match(r"ids?(?:\[(\d+)\])?: ", "".join(error.issues[:1]))
+            if wrong and operation == "delete":     # the server looks at the form of an ID first
+                id = wire["ids"][int(wrong.group(1) or 0)]
+                said += "; nothing was deleted"
+            if not id or not (wrong or isinstance(error, NotFound)):
+                raise
+            kind = "upload" if operation == "finalize" else "run"
+            length = f"this ID has {len(id)} characters, IDs have 36: " if len(id) != 36 else ""
+            found = NotFound(f"no {kind} {shown(id, 80)} ({error.status}): {said}",
+                             length + "copy the whole ID; ls -q prints bare IDs", error.status,
+                             error.code, error.issues)
+            found.unsure = getattr(error, "unsure", False)
+            raise found from None
 
     def send(self, operation, wire, resend=True):
         """One exchange with the API: the JSON object of its answer."""
@@ -1247,11 +1270,7 @@ class Client:
         if self.plan:
             return self.plan(method, url, body)
         if not self.login.key:
-            raise AccessDenied(
-                "no API key. Looked at TOFUPILOT_API_KEY, --api-key-file,\n"
-                f"{os.path.join(home(), 'credentials.json')} and station.json.",
-                "export TOFUPILOT_API_KEY=<key>; cron does not see your shell's\n"
-                "variables: use --api-key-file there")
+            raise no_key()
         headers = {"Authorization": "Bearer " + self.login.key, "Accept": "application/json",
                    "User-Agent": f"tofupilot_runs/{__version__} Python/{sys.version.split()[0]}"}
         if content:
@@ -1349,6 +1368,13 @@ class Client:
                         and (epoch(row.get("created_at")) or theirs) >= earliest):
                     return {"id": row["id"]}
         return None
+
+
+def no_key():
+    return AccessDenied("no API key. Looked at TOFUPILOT_API_KEY, --api-key-file,\n"
+                        f"{os.path.join(home(), 'credentials.json')} and station.json.",
+                        "export TOFUPILOT_API_KEY=<key>; cron does not see your shell's\n"
+                        "variables: use --api-key-file there")
 
 
 def read_page(answer, cursor):
@@ -1599,6 +1625,7 @@ def part_of(path):
 
 def save_new(path, write):
     """Makes a file with write(file); a name that is taken gets -2, -3. Returns the path."""
+    path = local_path(path)
     stem, ending = os.path.splitext(path)
     with part_of(path) as part:
         with open(part, "xb") as file:
@@ -1650,7 +1677,7 @@ INSERT INTO identity VALUES (lower(hex(randomblob(16))));
 CREATE TABLE entry (id INTEGER PRIMARY KEY AUTOINCREMENT, ref TEXT, state TEXT, body TEXT,
     units TEXT, outcome TEXT, serial_number TEXT, procedure_id TEXT, stored_at REAL,
     tries INTEGER DEFAULT 0, tried_at REAL, failed_at REAL, next_try_at REAL DEFAULT 0,
-    error TEXT, exit_code INTEGER, origin TEXT, run_id TEXT, target TEXT, hop TEXT, came TEXT,
+    error TEXT, exit_code INTEGER, content TEXT, origin TEXT, run_id TEXT, target TEXT, hop TEXT, came TEXT,
     ended_at REAL);
 CREATE INDEX entry_by_ref ON entry (ref);
 CREATE INDEX entry_by_state ON entry (state, id);
@@ -1766,7 +1793,7 @@ class Queue:
         """Entries (dicts) without what is large, oldest first."""
         return [dict(row) for row in self.run(
             "SELECT id, ref, state, units, outcome, serial_number, procedure_id, stored_at, tries, "
-            "tried_at, failed_at, next_try_at, error, exit_code, origin, run_id, target, hop, came "
+            "tried_at, failed_at, next_try_at, error, exit_code, content, origin, run_id, target, hop, came "
             f"FROM entry WHERE {where} ORDER BY id", *values)]
 
     def same(self, ref):
@@ -1775,7 +1802,8 @@ class Queue:
     def find(self, ref):
         """The entry whose ref begins so; NotFound or BadInput where none or several do."""
         found = self.same(ref) or self.entries("substr(ref, 1, ?) = ? AND state != 'storing'",
-                                               len(ref), ref)
+                                               len(ref), ref) if ref else []
+        found = [entry for entry in found if entry["state"] not in ("sent", "moved")] or found
         if len(found) > 1:
             raise BadInput(f"{len(found)} entries begin with {ref[:80]}", "give more of it")
         if not found:
@@ -1796,7 +1824,7 @@ class Queue:
         """
         units = {unit.lower() for unit in [body["serial_number"]] + body.get("sub_units", [])}
         return self.put({
-            "ref": body["client_run_ref"], "body": dump_json(body),
+            "ref": body["client_run_ref"], "body": dump_json(body), "content": run_ref(body),
             "units": dump_json(sorted(units)), "outcome": body["outcome"],
             "serial_number": body["serial_number"], "procedure_id": body["procedure_id"],
             "stored_at": time.time()}, files, origin)
@@ -1817,6 +1845,9 @@ class Queue:
             for file in files:
                 self.copy_in(mine, file)
             for old in self.same(values["ref"]):
+                if old["content"] != values["content"]:
+                    raise BadInput(f"client_run_ref {values['ref'][:80]} is another run's in "
+                                   f"{self.path}", "give each run a reference of its own, or none")
                 if over(old):
                     self.drop("id = ?", old["id"])
                     continue
@@ -1950,10 +1981,10 @@ def held_back(entry):
 class Pass:
     """One pass over a queue: what is due is sent, oldest first."""
 
-    def __init__(self, queue, client, tell=lambda text: None, force=None):
+    def __init__(self, queue, client, tell=lambda text, failed=False: None, force=None):
         """`force`: entries that do not wait for their time: a set of refs, or all with ()."""
         self.queue, self.client, self.tell, self.force = queue, client, tell, force
-        self.sent, self.codes, self.marked = [], set(), set()
+        self.sent, self.unsent, self.codes, self.marked = [], [], set(), set()
         self.streak, self.over, self.fresh, self.since = 0, False, [], 0
 
     def run(self):
@@ -2048,19 +2079,21 @@ class Pass:
             error, entry["tries"], now - entry["stored_at"] if body.get("sub_units") else None)
         unsure = run_id or entry["tried_at"] or isinstance(error, Unavailable) and error.sent
         code = 5 if isinstance(error, NotFound) else error.exit_code
+        told = "; ".join(error.issues[:20] + [" ".join(error.message.split())]).encode(
+            "utf-8", "backslashreplace").decode()
         self.queue.change(
             entry["id"], state=state, tries=entry["tries"] + 1, failed_at=now,
             next_try_at=now + wait, exit_code=code,
-            error="\n".join([error.message] + error.issues[:20])[:4000].encode(
-                "utf-8", "backslashreplace").decode(),
+            error=told[:4000],
             tried_at=(entry["tried_at"] or now) if unsure else None,
             origin=self.client.login.url if unsure else None)
         self.codes.add(code)
         self.streak = self.streak + 1 if effect == "count" else 0
         self.over = effect == "end" or self.streak >= 3
-        self.tell(f"{state} {entry['serial_number']}: {error.message.splitlines()[0]}"
-                  + (f"; next try in {wait:.0f} s" if wait else ""))
         entry.update(state=state, exit_code=code)
+        self.unsent.append(dict(entry, error=told))
+        self.tell(f"{state} {entry['serial_number']}: {told[:300]}"
+                  + (f"; next try in {wait:.0f} s" if wait else ""), failed=True)
 
 
 def move(queue, path):
@@ -2090,9 +2123,10 @@ def move(queue, path):
                 del values["id"], values["state"]
                 try:
                     target.put(values, queue.files(entry["id"]))
-                except QueueUnusable:       # full, or gone: what surely is not there stays here
+                except Error:       # full, or gone: what surely is not there stays here
                     for rest in moving[number:]:
-                        if not target.same(rest["ref"]):
+                        if rest["content"] not in [old["content"] for old in
+                                                   target.same(rest["ref"])]:
                             queue.change(rest["id"], state="waiting", target=None, hop=None)
                     raise
                 with queue.transaction():
@@ -2107,7 +2141,7 @@ class Result:
     """What a command gives to main: a JSON document, lines for people (or a function of the Screen
     that gives them), rows, IDs, exit status. `pages` (ls) are (rows, meta) as they arrive."""
 
-    def __init__(self, document=None, lines=(), rows=None, ids=(), pages=None, columns=(),
+    def __init__(self, document=None, lines=None, rows=None, ids=(), pages=None, columns=(),
                  status=0):
         self.document, self.lines, self.ids, self.pages = document, lines, ids, pages
         self.rows, self.columns, self.status = [document] if rows is None else rows, columns, status
@@ -2144,11 +2178,12 @@ class Screen:
                 self.write_pages(pages)
             else:
                 put(dump_json(result.document, 2) + "\n")
-        elif self.format == "table" and not (pages or self.columns or result.columns):
+        elif self.format == "table" and result.lines is not None and not self.columns:
             lines = result.lines(self) if callable(result.lines) else result.lines
             put("".join(f"{line}\n" for line in lines))
         else:
-            self.write_rows(pages or [(result.rows, None)], result.columns or RUN_COLUMNS)
+            columns = result.columns or [(key, key) for key in (result.rows or [{}])[0]]
+            self.write_rows(pages or [(result.rows, None)], columns)
         self.stream.flush()
 
     def write_pages(self, pages):
@@ -2332,7 +2367,7 @@ def report(run, screen, link, failed_only, logs):
             ("Link", link)):
         if value:
             yield f"{title:<10} {value}"
-    yield from phase_lines(dicts(run.get("phases")), screen.paint, failed_only)
+    yield from phase_lines(dicts(run.get("phases")), screen, failed_only)
     lines = [f"{shown(row.get('name'))}  {size_text(row.get('size'))}  {shown(row.get('id'))}"
              for row in dicts(run.get("attachments"))]
     yield from section(f"ATTACHMENTS  {len(lines)}", lines)
@@ -2357,8 +2392,9 @@ def tally(rows, key):
     return f"{len(rows)}: " + ", ".join(f"{count} {word}" for word, count in counts.items())
 
 
-def phase_lines(phases, paint, failed_only):
-    lines = []
+def phase_lines(phases, screen, failed_only):
+    lines, paint = [], screen.paint
+    room = max(20, min(58, screen.width - 19)) if screen.width else 58
     for phase in phases:
         rows = [row for row in dicts(phase.get("measurements"))
                 if not failed_only or row.get("outcome") == "FAIL"]
@@ -2366,7 +2402,7 @@ def phase_lines(phases, paint, failed_only):
             continue
         name, retry = shown(phase.get("name")), phase.get("retry_count")
         name += f"  (attempt {retry + 1})" if retry and is_number(retry) else ""
-        lines.append(f"{paint(cut(shown(phase.get('outcome')), 5))} {cut(name, 58)}"
+        lines.append(f"{paint(cut(shown(phase.get('outcome')), 5))} {cut(name, room)}"
                      f"{duration_text(phase.get('duration')):>9}".rstrip())
         width = min(28, max([cells(shown(row.get("name"))) for row in rows] or [0]))
         for row in rows:
@@ -2495,9 +2531,14 @@ class Call:
             return load_json(data)
         except ValueError as error:
             got = shown(data, 60) if isinstance(data, str) else f"{len(data)} bytes of {word}"
-            raise BadInput(f"{flag(name)} is not JSON: {error}\n  got: {got}",
-                           ("--set key=value, or " if "set" in self.fields else "")
-                           + f"put the JSON in a file: {flag(name)} @FILE") from None
+            if isinstance(data, str) and data[:1] in ("{", "[") and '"' not in data:
+                got += "     (the shell removed the double quotes)"
+            hint = f"put the JSON in a file: {flag(name)} @FILE"
+            if name == "metadata" and "set" in self.fields:
+                hint = "--set key=value, or " + hint
+            if isinstance(data, str) and os.path.exists(local_path(data)):
+                hint = f"{flag(name)} @{data} reads the file"
+            raise BadInput(f"{flag(name)} is not JSON: {error}\n  got: {got}", hint) from None
 
     def values(self, operation, start=()):
         """The operation's fields as given: JSON read, IDs from @FILE, --set among the metadata."""
@@ -2530,9 +2571,11 @@ class Call:
         key, path, given = None, self.get("api_key_file"), self.get("retries")
         if path is not None:
             try:
-                key = self.read(path if path == "-" else "@" + path, "api_key_file").decode(
-                    "utf-8", "replace")
+                key = self.read(path if path == "-" else "@" + path, "api_key_file")
+                key = key.decode(json.detect_encoding(key), "replace")      # Notepad, PowerShell
             except BadInput as error:
+                if not re.search(r"[./\\]", path):      # it could be the key itself
+                    error.message = "--api-key-file: there is no such file"
                 raise error if self.stdin else AccessDenied(error.message, error.hint) from None
         client = Client(self.get("url"), key, self.get("ca_cert"), self.get("timeout") or 30,
                         retries if given is None else given, bool(self.get("allow_http")),
@@ -2556,11 +2599,13 @@ class Call:
     def warn(self, text):
         self.note("warning: " + text)
 
-    def log(self, text):
-        """A line with the time on stdout, while queue send is at work."""
+    def log(self, text, failed=False):
+        """A line with the time on stdout, while queue send is at work; -q tells failures only."""
         if self.format == "table" and not self.quiet:
-            sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shown(text)}\n")
+            sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {shown(text)}\n")
             sys.stdout.flush()
+        elif failed:
+            self.note(text)
 
     def progress(self, file, sent):
         """A line on a terminal once an upload takes more than 2 s."""
@@ -2575,6 +2620,8 @@ class Call:
 def run_ls(call):
     filters, client = call.wire("list"), call.client()
     limit, whole = filters.pop("limit", None), call.get("all") or call.get("summary")
+    if re.search(r"\bmetadata\b", call.get("columns") or ""):
+        filters.setdefault("include_metadata", True)
     if limit and call.get("all"):
         raise BadInput("--limit and --all exclude each other", "give one of them")
     limit = limit if whole else limit or 50
@@ -2598,8 +2645,9 @@ def run_ls(call):
         if meta.get("has_more") and not whole:
             call.note(f"{count} shown, more exist: --all, or --cursor {meta['next_cursor']}")
     if call.get("summary"):
-        return Result(*summary(row for rows, _ in all_pages() for row in rows))
-    return Result(pages=all_pages())
+        document, lines = summary(row for rows, _ in all_pages() for row in rows)
+        return Result(document, lines, rows=document["procedures"])
+    return Result(pages=all_pages(), columns=RUN_COLUMNS)
 
 
 def run_get(call):
@@ -2615,7 +2663,7 @@ def run_get(call):
         yield from report(run, screen, run_link(client, dig(run, "procedure.id"), run.get("id")),
                           call.get("failed_only"), call.get("logs"))
         yield from section("SAVED", saved)
-    return Result(run, lines, ids=[run.get("id")], status=10 if call.get("exit_status")
+    return Result(run, lines, ids=[run.get("id")], columns=RUN_COLUMNS, status=10 if call.get("exit_status")
                   and run.get("outcome") != "PASS" else 0)
 
 
@@ -2636,6 +2684,8 @@ def run_create(call):
     body = with_ref(check("create", values, flags=True))
     if epoch(body["ended_at"]) > time.time() + 3600:
         call.warn(f"the run ends in the future, {body['ended_at']}: is this machine's clock right?")
+    for key in set(body) - {field.name for field in CREATE}:
+        call.warn(f"{key} is no field that this version knows: it is sent as it is")
     files = [LocalFile(path) for path in call.get("attach") or ()]
     names = [file.name for file in files]
     for name in names:
@@ -2651,18 +2701,23 @@ def run_create(call):
 def create_now(call, body, files):
     client, new = call.client(), []
     run_id = client.send_create(body)["id"]
-    document, phases = {"id": run_id}, body.get("phases", ())
+    document = {"id": run_id}
     if files:
         new = attach_all(call, client, run_id, files)
         document["attachments"] = [{"id": file.upload_id, "name": file.name} for file in files]
+    return Result(document, created_lines(call, body, run_id) + [
+        "  " + line for line in file_lines(files, new)], ids=[run_id])
+
+
+def created_lines(call, body, run_id):
+    phases = body.get("phases", ())
     count = sum(len(phase.get("measurements") or ()) for phase in phases)
-    lines = ["  ".join(filter(None, [
+    link = run_link(call.client(), body["procedure_id"], run_id)
+    return [f"Created run {shown(run_id)}", "  " + "  ".join(filter(None, [
         body["outcome"], body["serial_number"],
-        phases and f"{len(phases)} phases, {count} measurements",
-        seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))])),
-        run_link(client, body["procedure_id"], run_id), *file_lines(files, new)]
-    return Result(document, [f"Created run {shown(run_id)}"]
-                  + ["  " + line for line in lines if line], ids=[run_id])
+        phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
+        seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]))
+            ] + ["  " + link] * bool(link)
 
 
 def file_lines(files, new):
@@ -2701,14 +2756,18 @@ def create_queued(call, body, files):
         entry, meta = queue.find(entry["ref"]), queue.meta()
         waits = [row["stored_at"] for row in queue.entries("state = 'waiting'")]
     if meta["parked"] or time.time() - min(waits + [math.inf]) > 86400:
-        call.warn(f"{meta['parked']} runs are parked, {meta['waiting']} wait in {path}: "
+        call.warn(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting in {path}: "
                   f"see {PROG} queue ls")
     run_id = entry["run_id"] if entry["state"] == "sent" else None
-    lines = [f"Created run {shown(run_id)}"] if run_id else [
-        f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; {meta['waiting']} wait"]
-    lines += ["  " + shown(text, 200) for text in problem[-1:] if not run_id]
-    return Result({"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"]}, lines,
-                  ids=[run_id] if run_id else [])
+    document = {"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"],
+                "state": entry["state"]}
+    if run_id:
+        return Result(document, created_lines(call, body, run_id) + [
+            f"  Attached {shown(file.name)}  {size_text(file.size)}" for file in files],
+            ids=[run_id])
+    why = entry["error"] or "".join(problem[:1])
+    return Result(document, [f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; "
+                             f"{meta['waiting']} wait"] + ["  " + shown(why, 300)] * bool(why))
 
 
 def create_unqueued(call, body, files, error):
@@ -2729,7 +2788,7 @@ def send_queued(call, path, problem):
     """A pass over the queue, in a thread of its own; what stops it goes to `problem`."""
     try:
         with Queue(path) as queue:
-            Pass(queue, call.client(0), problem.append).run()
+            Pass(queue, call.client(0)).run()
     except Exception as error:      # the run is stored: nothing here is a failure
         problem.append(str(error))
 
@@ -2777,7 +2836,8 @@ def run_queue_ls(call):
         meta = queue.meta()
     call.note(f"{meta['waiting']} waiting, {meta['parked']} parked, {size_text(meta['bytes'])} in "
               f"{meta['file']}")
-    return Result({"data": rows, "meta": meta}, rows=rows, columns=QUEUE_COLUMNS,
+    columns = QUEUE_COLUMNS + ((("RUN", "run_id"),) if call.get("sent") else ())
+    return Result({"data": rows, "meta": meta}, rows=rows, columns=columns,
                   ids=[row["client_run_ref"] for row in rows])
 
 
@@ -2795,28 +2855,48 @@ def run_queue_get(call):
              if value not in (None, "")]
     lines += section("ATTACHMENTS", [f"{shown(file.name)}  {size_text(file.size)}"
                                      for file in files])
-    return Result(json.loads(body) if body else shows, lines + section("SAVED", saved),
-                  ids=[entry["ref"]])
+    request = json.loads(body) if body else shows
+    if body and entry["ref"] == entry["content"]:       # made from the content: create makes it anew
+        del request["client_run_ref"]
+    return Result(request, lines + section("SAVED", saved), ids=[entry["ref"]])
 
 
-def refs(call, count=None):
+def refs(call, count=None, needs="a REF is needed: queue ls shows them, the beginning is enough"):
     """The REFs that a queue command was given."""
     if not call.words or count and len(call.words) != count:
-        raise BadInput("one word is needed" if count else "REFs are needed",
-                       "queue ls shows the REFs; the beginning of one is enough")
+        raise BadInput(needs, f"{PROG} queue --help")
     return call.words
 
 
 def run_queue_rm(call):
+    no_dry_run(call)
     with the_queue(call) as queue:
         entries = [queue.find(word) for word in refs(call)]
+        ask(call, f"Remove {counted(len(entries), 'run')} from the queue?")
         with queue.transaction():
             for entry in entries:
                 queue.drop("id = ?", entry["id"])
         queue.tidy()
     gone = [entry["ref"] for entry in entries]
-    return Result({"client_run_ref": gone}, [f"Removed {ref} from the queue" for ref in gone],
-                  ids=gone)
+    return Result({"client_run_ref": gone}, [
+        f"Removed {entry['ref'][:12]} {entry['serial_number']} {entry['outcome']} ({entry['state']})"
+        for entry in entries], ids=gone)
+
+
+def no_dry_run(call):
+    if call.get("dry_run"):
+        raise BadInput("--dry-run: this command sends no request, it changes the queue",
+                       "queue ls shows what is in it")
+
+
+def ask(call, question):
+    """Asks on a terminal, and goes on elsewhere or with --yes."""
+    asks = sys.stdin and sys.stdin.isatty() and sys.stderr.isatty() and not call.get("dry_run")
+    if asks and not call.get("yes"):
+        sys.stderr.write(question + " This cannot be undone. Type y: ")
+        sys.stderr.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Stopped("nothing was deleted")
 
 
 def run_queue_send(call, force=None):
@@ -2824,6 +2904,10 @@ def run_queue_send(call, force=None):
         time.sleep(delay(0, call.get("jitter")))
     client = call.client(0)
     with the_queue(call) as queue:
+        if client.plan:
+            for entry in queue.entries("state = 'waiting'"):
+                client.send_create(json.loads(queue.body(entry["id"])))
+            return Result()
         if force is not None:       # retry: REFs, or all
             entries = [queue.find(word) for word in force] or queue.entries("state = 'parked'")
             force = {entry["ref"] for entry in entries if force}
@@ -2837,25 +2921,28 @@ def run_queue_send(call, force=None):
         call.note("another process is sending this queue: nothing to do")
     runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
     document = {"sent": len(runs), "waiting": meta["waiting"], "parked": meta["parked"],
-                "runs": runs}
+                "runs": runs, "failed": [
+                    {"client_run_ref": entry["ref"], "state": entry["state"],
+                     "error": entry["error"]} for entry in work.unsent]}
     return Result(document, ["{sent} sent, {waiting} waiting, {parked} parked".format(**document)],
                   rows=runs, ids=[run["id"] for run in runs],
                   status=next((code for code in (3, 5, 6) if code in codes), 0))
 
 
 def run_queue_move(call):
+    no_dry_run(call)
     with the_queue(call) as queue:
-        count, path = move(queue, refs(call, 1)[0])
+        count, path = move(queue, refs(call, 1, "a FILE is needed: the queue to move to")[0])
     return Result({"moved": count, "file": path}, [
-        f"Moved {count} runs to {path}, which holds the only copy now" if count
+        f"Moved {counted(count, 'run')} to {path}, which holds the only copy now" if count
         else "Nothing is waiting"])
 
 
 def run_update(call):
     wire = call.wire("update")
     answer = call.client().update(**wire)
-    return done(answer, f"Updated run {answer['id']}: {len(wire.get('attachments', ()))} "
-                "attachments linked")
+    return done(answer, f"Updated run {answer['id']}: "
+                f"{counted(len(wire.get('attachments', ())), 'attachment')} linked")
 
 
 def done(answer, *lines):
@@ -2916,15 +3003,10 @@ def run_finalize(call):
 
 def run_rm(call):
     ids, client = list(dict.fromkeys(call.wire("delete")["ids"])), call.client()
-    asks = sys.stdin and sys.stdin.isatty() and sys.stderr.isatty() and not client.plan
-    if asks and not call.get("yes"):
-        sys.stderr.write(f"Delete {len(ids)} runs? This cannot be undone. Type y: ")
-        sys.stderr.flush()
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise Stopped("nothing was deleted")
+    ask(call, f"Delete {counted(len(ids), 'run')}?")
     gone = client.delete(ids)["id"]
     kept = ["  " + shown(id) for id in ids if id not in gone]
-    return Result({"id": gone}, [f"Deleted {len(gone)} runs"] + ["  " + shown(id) for id in gone]
+    return Result({"id": gone}, [f"Deleted {counted(len(gone), 'run')}"] + ["  " + shown(id) for id in gone]
                   + ([f"Not there: {len(kept)}"] + kept if kept else []),
                   rows=[{"id": id} for id in gone], ids=gone)
 
@@ -2937,10 +3019,18 @@ def run_check(call):
         if not os.path.exists(path):
             return f"none at {path}"
         with Queue(path) as queue:
-            waits = queue.entries("state = 'waiting'")
+            waits, meta = queue.entries("state = 'waiting'"), queue.meta()
+            if meta["parked"]:
+                raise Refused(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting "
+                              f"in {path}", f"{PROG} queue ls tells why")
             return "{waiting} waiting, {parked} parked, {bytes} bytes in {file}".format(
-                **queue.meta()) + (f", oldest {ago(time.time() - waits[0]['stored_at'])}"
+                **meta) + (f", oldest {ago(time.time() - waits[0]['stored_at'])}"
                                    if waits else "")
+
+    def key():
+        if not client.login.key:
+            raise no_key()
+        return f"from {client.login.source}"
 
     def identity():
         found = client.whoami()
@@ -2957,7 +3047,7 @@ def run_check(call):
     about = [line.split(None, 1) for line in version_text().splitlines()]
     for name, get in [(name, lambda text=text: text) for name, text in about] + [
             ("url", lambda: client.login.url),
-            ("key", lambda: f"from {client.login.source}" if client.login.key else "none"),
+            ("key", key),
             ("proxy", lambda: proxy_of("https")),
             ("ca", lambda: client.transport.ca_cert or "the system's"),
             ("queue", queue), ("identity", identity), ("clock", clock)]:
@@ -2967,11 +3057,15 @@ def run_check(call):
         except Error as failure:
             text, error = failure.message, failure.as_json()
             status = status or failure.exit_code
+            if text in [row["text"] for row in rows]:
+                continue        # told already
         rows.append({"name": name, "ok": not error, "text": text, "error": error})
-        lines.append(f"{'FAIL' if error else 'ok  '}  {name:<9} {shown(' '.join(text.split()))}")
+        mark = "FAIL" if error else "-   " if text.startswith("not ") else "ok  "
+        lines.append(f"{mark}  {name:<9} {shown(' '.join(text.split()))}")
         if error:
             lines.append("      Fix: " + shown(" ".join((error["hint"] or "").split())))
-    return Result({"data": rows}, lines, rows=rows, status=status)
+    return Result({"data": rows}, lines, rows=rows, status=status, columns=[
+        (key, key) for key in ("name", "ok", "text")])
 
 
 def version_text():
@@ -3025,7 +3119,7 @@ def _command(run, fields, text):
 COMMANDS = {
     "ls": _command(run_ls, LIST, """List runs, newest first.
 $ --procedure-ids proc_abc --outcomes PASS --limit 50
-$ --started-after 24h --outcomes FAIL ERROR --format csv --out failures.csv
+$ --started-after 24h --outcomes FAIL --format csv --out failures.csv
 $ --serial-numbers SN-0001 --fail-empty -q
 $ --started-after 7d --summary
 page and order:
@@ -3094,7 +3188,8 @@ Send parked and waiting runs (REFs, or all) without waiting.
 $
 $ 3e1f7d02"""),
     "queue rm": _command(run_queue_rm, QUEUE, """Remove entries (REFs) from the queue, unsent.
-$ 3e1f7d02"""),
+$ 3e1f7d02
+output: / yes flag | do not ask"""),
     "queue move": _command(run_queue_move, QUEUE, """\
 Hand all waiting runs to another queue file, such as on a stick.
 $ /media/stick/line3.queue"""),
@@ -3223,8 +3318,10 @@ def fill(parser, path):
     command = COMMANDS.get(path)
     if command:
         parser.set_defaults(entry=path)
-        parser.description = f"{command.sentence}\n\n" + "\n".join(
-            f"  {PROG} {path}{line}" for line in command.examples)
+        lines = [f"  {PROG} {path}{line}" for line in command.examples]
+        parser.description = "\n".join([command.sentence, ""] + [
+            re.sub(r"^(.{1,76}) (?=--)", r"\1 \\\n      ", line) if len(line) > 79 else line
+            for line in lines])
         add_flags(parser, command.fields + GLOBAL)
         return
     names = inner_commands(path)
@@ -3280,21 +3377,24 @@ def execute(argv):
         sys.stderr.write(SUMMARY)
         return 2
     name, flags, words = parse(argv)
-    catch_sigterm()
+    catch_signals()
     call = Call(flags, words, COMMANDS[name].fields + GLOBAL)
     out, columns = call.get("out"), call.get("columns")
     columns = [path.strip() for path in columns.split(",")] if columns else None
+    result = None
     try:
         result = COMMANDS[name].run(call)
         if call.get("dry_run"):
             result = Result(lines=[dump_json(request) for request in call.planned])
             call.format, call.quiet, columns = "table", False, None
-        if out:
+        if out and out != "-":
             write_file(out, result, call.format, columns, call.quiet)
         else:
             Screen(sys.stdout, call.format, columns, call.quiet).write(result)
     except (OSError, Error, KeyboardInterrupt):
         if not call.durable:    # a run that is stored stays stored: exit 0, whatever comes
+            if result and name == "create" and not call.get("dry_run"):
+                call.note(f"run {result.document['id']} is stored; its output cannot be written")
             raise
         drop_stdout()
         return 0
@@ -3303,17 +3403,21 @@ def execute(argv):
     return result.status
 
 
-def catch_sigterm():
-    import signal
-
+def catch_signals():
     def terminated(*_):
         raise Terminated
     with contextlib.suppress(ValueError):       # not in the main thread
         signal.signal(signal.SIGTERM, terminated)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_file(path, result, *how):
     """Writes beside the file and renames at the end: what fails leaves the old file."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):       # a device, a FIFO: as it is
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            return Screen(file, *how).write(result)
     with part_of(path) as part:
         with open(part, "w", encoding="utf-8", newline="") as file:
             Screen(file, *how).write(result)
@@ -3356,7 +3460,8 @@ def main(argv=None):
     except SystemExit as ended:         # argparse, after its help
         return ended.code or 0
     except KeyboardInterrupt as error:
-        failure = Stopped("stopped by Ctrl-C")
+        failure = Stopped("stopped by Ctrl-C", "it may be stored: the same command again makes no "
+                          "second run" if "create" in argv else "")
         if isinstance(error, Terminated):
             failure.message, failure.exit_code = "stopped by SIGTERM", 143
     except OSError as error:
