@@ -1981,7 +1981,7 @@ def held_back(entry):
 class Pass:
     """One pass over a queue: what is due is sent, oldest first."""
 
-    def __init__(self, queue, client, tell=lambda text, failed=False: None, force=None):
+    def __init__(self, queue, client, tell=lambda text: None, force=None):
         """`force`: entries that do not wait for their time: a set of refs, or all with ()."""
         self.queue, self.client, self.tell, self.force = queue, client, tell, force
         self.sent, self.unsent, self.codes, self.marked = [], [], set(), set()
@@ -2093,7 +2093,7 @@ class Pass:
         entry.update(state=state, exit_code=code)
         self.unsent.append(dict(entry, error=told))
         self.tell(f"{state} {entry['serial_number']}: {told[:300]}"
-                  + (f"; next try in {wait:.0f} s" if wait else ""), failed=True)
+                  + (f"; next try in {wait:.0f} s" if wait else ""))
 
 
 def move(queue, path):
@@ -2144,6 +2144,7 @@ class Result:
     def __init__(self, document=None, lines=None, rows=None, ids=(), pages=None, columns=(),
                  status=0):
         self.document, self.lines, self.ids, self.pages = document, lines, ids, pages
+        self.error = None       # what is told after all else is written
         self.rows, self.columns, self.status = [document] if rows is None else rows, columns, status
 
 
@@ -2574,7 +2575,7 @@ class Call:
                 key = self.read(path if path == "-" else "@" + path, "api_key_file")
                 key = key.decode(json.detect_encoding(key), "replace")      # Notepad, PowerShell
             except BadInput as error:
-                if not re.search(r"[./\\]", path):      # it could be the key itself
+                if not self.stdin and not re.search(r"[./\\]", path):      # it may be the key
                     error.message = "--api-key-file: there is no such file"
                 raise error if self.stdin else AccessDenied(error.message, error.hint) from None
         client = Client(self.get("url"), key, self.get("ca_cert"), self.get("timeout") or 30,
@@ -2599,13 +2600,11 @@ class Call:
     def warn(self, text):
         self.note("warning: " + text)
 
-    def log(self, text, failed=False):
-        """A line with the time on stdout, while queue send is at work; -q tells failures only."""
+    def log(self, text):
+        """A line with the time on stdout, while queue send is at work."""
         if self.format == "table" and not self.quiet:
             sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {shown(text)}\n")
             sys.stdout.flush()
-        elif failed:
-            self.note(text)
 
     def progress(self, file, sent):
         """A line on a terminal once an upload takes more than 2 s."""
@@ -2717,7 +2716,7 @@ def created_lines(call, body, run_id):
         body["outcome"], body["serial_number"],
         phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
         seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]))
-            ] + ["  " + link] * bool(link)
+            ] + (["  " + link] if link else [])
 
 
 def file_lines(files, new):
@@ -2759,8 +2758,7 @@ def create_queued(call, body, files):
         call.warn(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting in {path}: "
                   f"see {PROG} queue ls")
     run_id = entry["run_id"] if entry["state"] == "sent" else None
-    document = {"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"],
-                "state": entry["state"]}
+    document = {"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"]}
     if run_id:
         return Result(document, created_lines(call, body, run_id) + [
             f"  Attached {shown(file.name)}  {size_text(file.size)}" for file in files],
@@ -2921,12 +2919,15 @@ def run_queue_send(call, force=None):
         call.note("another process is sending this queue: nothing to do")
     runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
     document = {"sent": len(runs), "waiting": meta["waiting"], "parked": meta["parked"],
-                "runs": runs, "failed": [
-                    {"client_run_ref": entry["ref"], "state": entry["state"],
-                     "error": entry["error"]} for entry in work.unsent]}
-    return Result(document, ["{sent} sent, {waiting} waiting, {parked} parked".format(**document)],
-                  rows=runs, ids=[run["id"] for run in runs],
-                  status=next((code for code in (3, 5, 6) if code in codes), 0))
+                "runs": runs}
+    told = "{sent} sent, {waiting} waiting, {parked} parked".format(**document)
+    result = Result(document, [told], rows=runs, ids=[run["id"] for run in runs],
+                    status=next((code for code in (3, 5, 6) if code in codes), 0))
+    if result.status and (call.quiet or call.format == "json"):     # else the lines have told it
+        result.error = {3: AccessDenied, 5: Refused, 6: Unavailable}[result.status](
+            told + "".join(f"; {entry['serial_number']}: {entry['error']}"
+                           for entry in work.unsent[:3]), f"{PROG} queue ls tells why")
+    return result
 
 
 def run_queue_move(call):
@@ -3400,6 +3401,8 @@ def execute(argv):
         return 0
     finally:
         call.clients.close()
+    if result.error:
+        raise result.error
     return result.status
 
 
@@ -3460,10 +3463,11 @@ def main(argv=None):
     except SystemExit as ended:         # argparse, after its help
         return ended.code or 0
     except KeyboardInterrupt as error:
-        failure = Stopped("stopped by Ctrl-C", "it may be stored: the same command again makes no "
-                          "second run" if "create" in argv else "")
+        failure = Stopped("stopped by Ctrl-C" + ("; it may be stored: the same command again makes "
+                                                 "no second run" if "create" in argv else ""))
         if isinstance(error, Terminated):
-            failure.message, failure.exit_code = "stopped by SIGTERM", 143
+            failure.message = failure.message.replace("Ctrl-C", "SIGTERM")
+            failure.exit_code = 143
     except OSError as error:
         drop_stdout()
         if error.errno in (errno.EPIPE, errno.EINVAL):
