@@ -2388,7 +2388,7 @@ class Module(Case):
                 (runs.BadInput, lambda: client.update("a", attachment=["b"])),
                 (runs.BadInput, lambda: client.update_metadata("a", {"k": float("nan")})),
                 (runs.NotFound, lambda: client.get(NOBODY)),
-                (runs.Refused, lambda: client.get("no UUID")),
+                (runs.NotFound, lambda: client.get("no UUID")),
                 (runs.NotFound, lambda: client.delete([NOBODY])),
                 (runs.Unavailable, lambda: client.update(NOBODY)),
                 (runs.AccessDenied, lambda: runs.Client(self.box.url, "wrong-key").list())):
