@@ -1298,6 +1298,7 @@ sys.path.insert(0, HERE)
 runs = importlib.import_module("tofupilot_runs")
 
 POSIX = os.name == "posix"
+RAM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None    # kills need no fsync
 PYENV = os.environ.get("PYENV_ROOT") or os.path.expanduser("~/.pyenv")
 BEGIN, END = "2026-05-19T08:00:00Z", "2026-05-19T08:00:42Z"
 BODY = {"outcome": "PASS", "procedure_id": "proc_abc", "serial_number": "SN-0001",
@@ -1351,13 +1352,14 @@ class Ran:
 class Case(unittest.TestCase):
     """A test with a sandbox, in a folder of its own, that is also its home.
 
-    Commands run in a process (run_script, ok, fails) or, quicker and where things are patched,
-    in this one (inside, ends).
+    Commands run inside this process (ok, fails, inside), which is quick and lets things be
+    patched, or in a process of their own (run_script, start).
     """
     options, maxDiff = {}, None     # keyword arguments of the Sandbox
+    place = None                    # where its folder is made; None: the usual place
 
     def setUp(self):
-        self.folder = tempfile.mkdtemp(prefix="tofupilot-test-")
+        self.folder = tempfile.mkdtemp("", "tofupilot-test-", self.place)
         self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.env = {key: value for key, value in os.environ.items()
                     if not key.startswith(("TOFUPILOT_", "PYTHON")) and not key.lower().endswith(
@@ -1405,14 +1407,6 @@ class Case(unittest.TestCase):
         """Runs the script to its end -> Ran."""
         return self.ended(self.start(*args, **more), status, input)
 
-    def ok(self, *args, **more):
-        """Runs the script, which must succeed -> Ran."""
-        return self.run_script(*args, status=0, **more)
-
-    def fails(self, status, *args, **more):
-        """Runs the script, which must end so -> Ran."""
-        return self.run_script(*args, status=status, **more)
-
     def inside(self, *args, tty=False, input=b"", env=()):
         """main() in this process, its waits between tries made short -> Ran."""
         stream = type("Stream", (io.BytesIO,), {"isatty": lambda self: tty})
@@ -1427,15 +1421,22 @@ class Case(unittest.TestCase):
                 warnings.catch_warnings():
             warnings.simplefilter("ignore", ResourceWarning)    # of the sandbox's connections
             try:
-                return Ran(runs.main(list(args)), *(data.getvalue() for data in raw[:2]))
+                status = runs.main(list(args))
+                for stream in (sys.stdout, sys.stderr):     # as at the end of a process
+                    stream.flush()
+                return Ran(status, *(data.getvalue() for data in raw[:2]))
             finally:
                 signal.signal(signal.SIGTERM, handler)
 
-    def ends(self, status, *args, **more):
+    def fails(self, status, *args, **more):
         """inside(), which must end so, in order -> Ran."""
         ran = self.inside(*args, **more)
         self.assertEqual(ran.status, status, (args, more, ran))
         return self.orderly(ran)
+
+    def ok(self, *args, **more):
+        """inside(), which must succeed -> Ran."""
+        return self.fails(0, *args, **more)
 
     def orderly(self, ran):
         self.assertNotRegex(ran.err, r"Traceback|unexpected \w+:|Exception|Warning")
@@ -2126,7 +2127,7 @@ class OneRun(Case):
             self.assertTrue(words or len(ran.out.splitlines()) == len(rows) + 1)
         for size in ODD_VALUES:
             self.shows(self.box.url + "/storage/x", size=size)
-            self.ends(0, "get", "--id", "a", "--download", "to", *ONCE)
+            self.ok("get", "--id", "a", "--download", "to", *ONCE)
 
 
 class Creating(Case):
@@ -2234,10 +2235,10 @@ class Trouble(Case):
             with self.subTest(f"{status} {body[:99]}"):
                 self.says(ANY, body, status)
                 for line in (["get", "--id", NOBODY], CREATE):
-                    self.assertLess(len(self.ends(6, *line).err), 1000)
+                    self.assertLess(len(self.fails(6, *line).err), 1000)
                     self.assertEqual(len(self.sent()), 1)
         self.says(ANY, b'{"id": "x"}', Content_Type="text/html")
-        self.ends(6, "get", "--id", NOBODY)
+        self.fails(6, "get", "--id", NOBODY)
 
     def test_a_failed_try_is_announced_and_repeated_where_that_is_safe(self):
         file, id = self.file("a.txt"), self.made()
@@ -2267,7 +2268,7 @@ class Trouble(Case):
         self.assertGreaterEqual(runs.delay(1, 1, 7), 7)
         self.box.fault("status", status=429, headers={"Retry-After": "3600"})
         self.sent()
-        self.fails(6, "ls")
+        self.run_script("ls", status=6)
         self.assertEqual(len(self.sent()), 1)
 
     def test_a_create_without_an_answer_makes_exactly_one_run(self):
@@ -2333,7 +2334,7 @@ class Deleting(Case):
         self.assertTrue(id in gone and NOBODY in missing, missing)
         self.fails(4, "rm", "--ids", NOBODY)
         self.says("DELETE /v2/runs", {"id": "no list"})
-        self.ends(6, "rm", "--ids", NOBODY)
+        self.fails(6, "rm", "--ids", NOBODY)
         self.box.calm()
         id = self.made()    # a 404 after a try without an answer counts as deleted
         self.box.fault("drop-after", "DELETE /v2/runs")
@@ -2406,7 +2407,7 @@ class OutputThatHolds(Case):
 
     def setUp(self):
         super().setUp()
-        self.id = self.made(
+        self.run_id = self.made(
             docstring=WORLD, operated_by=WORLD, slot_key=WORLD, slot_name=WORLD, execution_id=WORLD,
             metadata={"k": WORLD}, logs=FULL["logs"], phases=[dict(
                 FULL["phases"][0], name=WORLD, sequence_path=None, measurements=[
@@ -2416,7 +2417,7 @@ class OutputThatHolds(Case):
         columns, plain = ["ls", "--columns", "docstring"], {"LC_ALL": "C", "LANG": ""}
         for encoding in "cp1252", "ascii", "":
             for words, status in (
-                    (columns, 0), (["get", "--id", self.id, "--logs"], 0),
+                    (columns, 0), (["get", "--id", self.run_id, "--logs"], 0),
                     (columns + ["--format=csv"], 0),
                     (["ls", "--serial-numbers", WORLD, "--fail-empty"], 4)):
                 ran = self.ended(self.popen(sys.executable, SCRIPT, *words, env=dict(
@@ -2424,10 +2425,10 @@ class OutputThatHolds(Case):
                 if encoding and "docstring" in words:
                     self.assertIn(WORLD.encode(encoding, "backslashreplace").decode(
                         "utf-8", "replace"), ran.out)
-        self.ok(*CREATE, "--docstring", WORLD, "--queue", WORLD, env=plain)
+        self.run_script(*CREATE, "--docstring", WORLD, "--queue", WORLD, status=0, env=plain)
         self.assertEqual(self.sent()[-1][3]["docstring"], WORLD)
         self.assertIn(WORLD, os.listdir(self.folder))
-        self.ok("ls", "--serial-numbers", WORLD, env=plain)
+        self.run_script("ls", "--serial-numbers", WORLD, status=0, env=plain)
         self.assertIn(("serial_numbers", WORLD), self.sent()[0][2])
 
     def test_a_reader_that_leaves_is_no_failure(self):
@@ -2442,9 +2443,9 @@ class OutputThatHolds(Case):
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full here")
     def test_a_full_disk_is_told(self):
-        for words in "ls", "ls --json", f"get --id {self.id}", "--help", "--version":
+        for words in "ls", "ls --json", f"get --id {self.run_id}", "--help", "--version":
             with self.subTest(words), open("/dev/full", "wb") as full:
-                ran = self.fails(1, *words.split(), stdout=full)
+                ran = self.run_script(*words.split(), status=1, stdout=full)
                 self.assertIn("space", ran.err)
                 self.assertEqual(ran.err.count("\n"), 1 if "--json" in words else 2, ran.err)
 
@@ -2453,12 +2454,12 @@ class OutputThatHolds(Case):
         status, text = self.terminal("ls")
         plain = re.sub("\x1b\\[\\d*m", "", text)
         coloured = [word.strip() for word in re.findall("\x1b\\[32m(.*?)\x1b\\[0m", text)]
-        self.assertEqual((status, coloured, self.id in plain), (0, ["PASS"], True))
+        self.assertEqual((status, coloured, self.run_id in plain), (0, ["PASS"], True))
         self.assertLess(max(map(len, plain.splitlines())), 80)
         for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
             self.assertNotIn("\x1b", self.terminal("ls", **env)[1])
         self.assertNotIn("\x1b", self.ok("ls").out)
-        self.assertIn("\x1b[31mFAIL", self.terminal("get", "--id", self.id)[1])
+        self.assertIn("\x1b[31mFAIL", self.terminal("get", "--id", self.run_id)[1])
 
 
 # ---- tests: hostile servers, hostile data, odd machines ------------------------------------------
@@ -2560,7 +2561,7 @@ class HostileServers(Case):
                 with self.subTest(status=status, match=match):
                     self.shows(self.box.url + "/storage/y?signature=abc")
                     self.box.fault("redirect", match, status=status, location=other.url + "/x?k=1")
-                    ran = self.ends(6, *args)
+                    ran = self.fails(6, *args)
                     self.assertIn(other.host, ran.err)
                     self.assertNotIn("k=1", ran.err)
         self.assertEqual(other.open, [])
@@ -2573,9 +2574,9 @@ class HostileServers(Case):
                     "http://{0}9999/x?signature=s", 5):
             url = url.format(other.host) if isinstance(url, str) else url
             self.says("POST /v2/attachments", {"id": "att_9", "upload_url": url})
-            ran = self.ends(6, *CREATE, "--attach", path)
+            ran = self.fails(6, *CREATE, "--attach", path)
             self.shows(url)
-            ran.err += self.ends(6, "get", "--id", "a", "--download", self.folder).err
+            ran.err += self.fails(6, "get", "--id", "a", "--download", self.folder).err
             self.assertNotRegex(ran.err, "pw@|signature=s")
         self.assertEqual((other.open, os.listdir(self.folder)), ([], ["secret.txt"]))
 
@@ -2594,13 +2595,13 @@ class HostileServers(Case):
             with self.subTest(data[:150]):
                 self.box.calm()
                 self.box.fault("raw", "GET /v2/runs", times=None, data=data)
-                self.assertLess(len(self.ends(6, "ls", *ONCE).err), 1000)
+                self.assertLess(len(self.fails(6, "ls", *ONCE).err), 1000)
         self.says(ANY, {"message": "x" * 10000000}, 500)
-        self.assertLess(len(self.ends(6, "ls", *ONCE).err), 1000)
+        self.assertLess(len(self.fails(6, "ls", *ONCE).err), 1000)
         self.says(ANY, EMPTY[:-1] + b',"x":"' + b"x" * 5000 + b'"}')
-        self.ends(0, "ls")
+        self.ok("ls")
         with mock.patch.object(runs, "ANSWER_LIMIT", 4000):
-            self.ends(6, "ls", *ONCE)
+            self.fails(6, "ls", *ONCE)
 
     def test_a_server_that_never_comes_to_an_end_is_left_in_time(self):
         """Guard: the timer over each exchange. A time-out of the socket sees none of the drips."""
@@ -2634,11 +2635,11 @@ class HostileText(Case):
                          "ls --columns docstring,metadata,phases,unit", "ls --format jsonl",
                          "get --id a --columns logs,unit.serial_number"):
                 for tty in (False, True):
-                    ran = self.clean(self.ends(0, *args.split(), tty=tty, env=plain))
+                    ran = self.clean(self.ok(*args.split(), tty=tty, env=plain))
                     rows = [line.count("\t") for line in ran.out.splitlines()]
                     self.assertEqual(lines.setdefault((args, tty), rows), rows)
             for args in ("get --id a --json", "ls --json"):
-                ran = self.ends(0, *args.split())
+                ran = self.ok(*args.split())
                 self.assertRegex(ran.out, r"\A[ -~\n]*\Z")
                 self.assertIn(run, [ran.json] + ran.json.get("data", []))
 
@@ -2671,8 +2672,8 @@ class HostileText(Case):
     def test_what_a_server_said_is_stored_and_shown_clean_from_the_queue_too(self):
         queue = ("--queue", os.path.join(self.folder, "q"))
         self.says("POST /v2/runs", {"message": EVIL, "issues": [{"message": EVIL}]}, 422)
-        self.clean(self.ends(0, *CREATE, *queue))
-        entry = self.ends(0, "queue", "ls", *queue, "--json").json["data"][0]
+        self.clean(self.ok(*CREATE, *queue))
+        entry = self.ok("queue", "ls", *queue, "--json").json["data"][0]
         self.assertEqual(entry["state"], "parked")
         for args in (["queue", "ls"], ["queue", "get", entry["client_run_ref"][:8]], ["check"],
                      ["queue", "ls", "--format", "jsonl"], ["queue", "retry"]):
@@ -2685,12 +2686,12 @@ class HostileText(Case):
             path = os.path.join(self.folder.encode(), name)
             open(path, "wb").close()
             with self.subTest(name=name):
-                made = self.clean(self.ends(0, *CREATE, "--attach", os.fsdecode(path)))
-                self.clean(self.ends(0, "get", "--id", made.out.split()[2], "--download", into))
+                made = self.clean(self.ok(*CREATE, "--attach", os.fsdecode(path)))
+                self.clean(self.ok("get", "--id", made.out.split()[2], "--download", into))
         for name in ("../../up", "/etc/x", "C:\\x", "..", "", None, 5, ["/"], "NUL", EVIL, "a\0b",
                      "x" * 500, "\u00b5" * 200, ".", "a/../../b", "\ud800", "..", "x:y", "x."):
             self.shows(self.box.url + "/storage/x", **{"name": name})
-            self.clean(self.ends(0, "get", "--id", "a", "--download", into))
+            self.clean(self.ok("get", "--id", "a", "--download", into))
         for name in os.listdir(into):
             self.assertNotRegex(name, r'[/\\:*?"<>|]|^NUL|[. ]$|\.part$|' + RAW.pattern)
         self.assertGreater(len(os.listdir(into)), 18)
@@ -2704,14 +2705,14 @@ class Secrets(Case):
                     b"S3cret\tkey-1", b"S3cret-" + 600 * b"x"):
             path, env = self.file("key", bad), {"TOFUPILOT_API_KEY": os.fsdecode(bad)}
             for more in ((), ("-v",), ("--json",)):
-                for ran in (self.ends(3, "ls", *more, "--api-key-file", path),
-                            self.ends(3, "ls", *more, env=env)):
+                for ran in (self.fails(3, "ls", *more, "--api-key-file", path),
+                            self.fails(3, "ls", *more, env=env)):
                     self.assertNotIn("S3cr", ran.out + ran.err)
-        self.ends(3, "ls", "--api-key-file", path + "-missing")
+        self.fails(3, "ls", "--api-key-file", path + "-missing")
         self.assertEqual(self.box.requests, [])
         key, self.env["TOFUPILOT_API_KEY"] = self.box.user_key.encode(), "another-key"
         for good in (key + b"\r\n", key + b"\n", b" " + key):
-            self.ends(0, "ls", "--api-key-file", self.file("key", good))
+            self.ok("ls", "--api-key-file", self.file("key", good))
             self.ok("ls", "--api-key-file", "-", input=good)
         self.fails(2, "ls", "--api-key-file", "-", "--ids", "-")
 
@@ -2750,10 +2751,11 @@ class Secrets(Case):
                 (0, [full], {}), (0, [full, "{"], {}), (0, [{}, full], {}), (0, [None, full], {}),
                 (0, [dict(full, api_key=""), full], {}), (0, [{"api_key": key}], here),
                 (0, [dict(full, **there)], here), (0, [dict(full, api_key="x" * 9)], mine),
-                (0, ["{", "["], dict(here, **mine)), (3, [], here), (3, [there], here), (
-                    2, [{"api_key": key}], {}), (2, [dict(full, base_url="http://u:pw@127.0.0.1")],
-                                                 {}), (2, [dict(full, base_url=5)], {}),
-                (2, [dict(full, base_url="http://192.0.2.1")], {}), (3, ["{"], here),
+                (0, ["{", "["], dict(here, **mine)), (2, [{"api_key": key}], {}),
+                (2, [dict(full, base_url="http://u:pw@127.0.0.1")], {}),
+                (2, [dict(full, base_url="http://192.0.2.1")], {}),
+                (2, [dict(full, base_url=5)], {}), (3, [], here), (3, [there], here),
+                (3, ["{"], here),
                 (3, ["[1]"], here), (3, [dict(full, api_key=[key])], here), (3, ["\xff"], here),
                 (3, [dict(full, api_key=5)], here), (6, [dict(full, **there)], {})):
             with self.subTest(files=files, env=env):
@@ -2764,17 +2766,17 @@ class Secrets(Case):
                     os.chmod(path, 0o600)
                     if content is None:
                         os.remove(path)
-                ran = self.ends(status, "ls", *ONCE, env=env)
+                ran = self.fails(status, "ls", *ONCE, env=env)
                 self.assertNotRegex(ran.err, "pw@|warning|" + key)
                 self.assertEqual(len(self.box.requests) - count, status == 0)
         path = self.file("home/credentials.json", json.dumps(
             dict(full, organization_slug="acme")).encode())
         os.chmod(path, 0o644)
-        made = self.ends(0, *CREATE)
-        for ran in (made, self.ends(0, "get", "--id", made.out.split()[2])):
+        made = self.ok(*CREATE)
+        for ran in (made, self.ok("get", "--id", made.out.split()[2])):
             self.assertIn(url + "/acme/proc_abc/runs/" + made.out.split()[2], ran.out)
             self.assertEqual("chmod" in ran.err, POSIX)
-        self.assertNotIn("/acme", self.ends(0, *CREATE, env={
+        self.assertNotIn("/acme", self.ok(*CREATE, env={
             "TOFUPILOT_URL": url.replace("127.0.0.1", "localhost")}).out)
 
     def test_an_address_that_is_no_https_origin_or_this_machine_is_refused_before_any_connect(self):
@@ -2792,9 +2794,9 @@ class Secrets(Case):
                     "https://a#b", "https://a:99999", "https://a:0", "https://a:b", "https://[::1",
                     "https://a\\@b", "https://\u00e9", "https://a/api/v2"):
                 for args, env in ((("--url", url), {}), ((), {"TOFUPILOT_URL": url})):
-                    self.assertNotIn("pw", self.ends(2, "ls", *args, env=env).err)
+                    self.assertNotIn("pw", self.fails(2, "ls", *args, env=env).err)
             self.assertEqual(called, [])
-            self.ends(6, "ls", "--url", "http://192.0.2.1", "--allow-http", *ONCE)
+            self.fails(6, "ls", "--url", "http://192.0.2.1", "--allow-http", *ONCE)
         self.assertEqual(called, [("192.0.2.1", 80)])
         for url in ("http://localhost:1", "http://127.0.0.1", "http://[::1]:80", "https://a:1"):
             for end in ("", "/", "/api", "/api/"):
@@ -2805,13 +2807,13 @@ class Secrets(Case):
         self.file("home/credentials.json", b"{")
         foreign, now = self.file("q", b"no queue"), self.box.store.clock
         for status, name, env, args in (
-                (0, "", {}, []), (3, "", {"TOFUPILOT_API_KEY": ""}, []), (6, "queue", {}, [
-                    "--queue", foreign]), (6, "identity", {"TOFUPILOT_URL": CLOSED}, list(ONCE)), (
-                        3, "identity", {"TOFUPILOT_API_KEY": "wrong-key-1"}, []), (
-                            2, "clock", {}, [])):
+                (0, "", {}, []), (3, "", {"TOFUPILOT_API_KEY": ""}, []),
+                (6, "queue", {}, ["--queue", foreign]), (2, "clock", {}, []),
+                (6, "identity", {"TOFUPILOT_URL": CLOSED}, ONCE),
+                (3, "identity", {"TOFUPILOT_API_KEY": "wrong-key-1"}, [])):
             self.box.store.clock = lambda: now() - 86400 * (name == "clock")
-            ran = self.ends(status, "check", *args, env=env)
-            rows = self.ends(status, "check", "--json", *args, env=env).json["data"]
+            ran = self.fails(status, "check", *args, env=env)
+            rows = self.fails(status, "check", "--json", *args, env=env).json["data"]
             failed = [row["name"] for row in rows if not row["ok"]]
             self.assertTrue(bool(failed) == bool(status) and name in failed + [""], failed)
             self.assertEqual(len(re.findall("(?m)^FAIL .*\n +Fix: ", ran.out)), len(failed))
@@ -2857,28 +2859,28 @@ class Tls(Case):
         """The CA is of the old form that 3.13 refuses, unless its strict flag is off."""
         self.box.store.fill(5)
         log, mine = os.path.join(self.folder, "keys"), ("--ca-cert", self.ca)
-        ran = self.ends(0, "ls", "--all", "--page-size", "2", *mine, "--json",
-                        env={"SSLKEYLOGFILE": log})
+        ran = self.ok("ls", "--all", "--page-size", "2", *mine, "--json",
+                      env={"SSLKEYLOGFILE": log})
         self.assertEqual((len(ran.json["data"]), self.box.connections), (5, 1))
         self.assertFalse(os.path.exists(log))       # ssl alone writes it
         strict = ssl.create_default_context().verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0)
-        self.ends(6 if strict and sys.version_info >= (3, 13) else 0, "ls", *ONCE,
-                  env={"SSL_CERT_FILE": self.ca})
-        self.assertRegex(self.ends(6, "ls").err, "(?s)127.0.0.1.*--ca-cert.*clock")
-        self.ends(6, "ls", *mine, "--url", self.box.url.replace("127.0.0.1", "localhost"))
+        self.fails(6 if strict and sys.version_info >= (3, 13) else 0, "ls", *ONCE,
+                   env={"SSL_CERT_FILE": self.ca})
+        self.assertRegex(self.fails(6, "ls").err, "(?s)127.0.0.1.*--ca-cert.*clock")
+        self.fails(6, "ls", *mine, "--url", self.box.url.replace("127.0.0.1", "localhost"))
         for name in ("other", "old", "self"):
             with Sandbox(tls=self.server(name)) as box:
-                self.ends(6, "ls", *mine, "--url", box.url)
+                self.fails(6, "ls", *mine, "--url", box.url)
                 self.assertEqual(box.requests, [])
         for path in (self.file("garbage", b"x"), self.folder, log, self.file("empty", b"")):
-            self.ends(2, "ls", "--ca-cert", path)
+            self.fails(2, "ls", "--ca-cert", path)
         self.env["TOFUPILOT_CA_CERT"], path, other = self.ca, self.file("a.txt"), Peer(self, silent)
-        made = self.ends(0, *CREATE, "--attach", path, "--json").json["id"]
-        self.ends(0, "get", "--id", made, "--download", self.folder)
+        made = self.ok(*CREATE, "--attach", path, "--json").json["id"]
+        self.ok("get", "--id", made, "--download", self.folder)
         self.shows(other.url + "/x")
-        self.ends(6, "get", "--id", "a", "--download", self.folder)
+        self.fails(6, "get", "--id", "a", "--download", self.folder)
         self.says("POST /v2/attachments", {"id": "a", "upload_url": other.url + "/x"})
-        self.ends(6, *CREATE, "--docstring", "new", "--attach", path, "--allow-http")
+        self.fails(6, *CREATE, "--docstring", "new", "--attach", path, "--allow-http")
         self.assertEqual(other.open, [])        # plain http, where the API is https
 
     def test_a_proxy_gets_its_own_password_and_nothing_else_does(self):
@@ -2889,12 +2891,12 @@ class Tls(Case):
         login = "http://user:s3cret@" + peer.host
         with Sandbox() as box:
             plain = {"TOFUPILOT_URL": box.url, "TOFUPILOT_API_KEY": box.user_key}
-            text = [self.ends(0, *CREATE, "--attach", self.file("a.txt"), "-v", env={
-                "HTTPS_PROXY": login})]
+            way, path = {"HTTPS_PROXY": login}, self.file("a.txt")
+            text = [self.ok(*CREATE, "--attach", path, "-v", env=way)]
             self.assertEqual([head.split()[0] for head in peer.heads], ["CONNECT"])
-            text += [self.ends(0, "check", env={"HTTPS_PROXY": login}), self.ends(
-                0, "ls", "-v", env=dict(plain, http_proxy=login))]
-            self.ends(0, "ls", env={"HTTPS_PROXY": login, "NO_PROXY": "127.0.0.1"})
+            text += [self.ok("check", env=way),
+                     self.ok("ls", "-v", env=dict(plain, http_proxy=login))]
+            self.ok("ls", env=dict(way, NO_PROXY="127.0.0.1"))
             self.assertEqual([head.split()[0] for head in peer.heads], ["CONNECT"] * 2 + ["GET"])
             for head in peer.heads:
                 self.assertIn("Basic dXNlcjpzM2NyZXQ=", head)
@@ -2904,7 +2906,7 @@ class Tls(Case):
             for host in (refuses.host, "127.0.0.1:1"):
                 bad = "http://user:s3cret@" + host
                 for env in ({"HTTPS_PROXY": bad}, dict(plain, http_proxy=bad)):
-                    text += [self.ends(6, name, "-v", *ONCE, env=env) for name in ("ls", "check")]
+                    text += [self.fails(6, name, "-v", *ONCE, env=env) for name in ("ls", "check")]
         self.assertNotRegex("".join(map(repr, text)), "s3cret|dXNl")
 
 
@@ -2927,11 +2929,11 @@ class OddMachines(Case):
         os.symlink(at("fifo"), at("bad"))
         for path in ("fifo", "bad", "missing", "a.txt/x", "/dev/zero", "/dev/null", ".", ""):
             for more in ([], ["--queue", at("q")], ["--offline"]):
-                self.ends(2, *CREATE, "--attach", at(path), *more)
-            self.ends(2, "create-attachment", "--id", "a", "--file", at(path))
+                self.fails(2, *CREATE, "--attach", at(path), *more)
+            self.fails(2, "create-attachment", "--id", "a", "--file", at(path))
         self.assertEqual((self.box.requests, os.path.exists(at("q"))), ([], False))
-        made = self.ends(0, *CREATE, "--attach", at("link"), "--json").json["id"]
-        self.ends(0, "get", "--id", made, "--download", at("into"))
+        made = self.ok(*CREATE, "--attach", at("link"), "--json").json["id"]
+        self.ok("get", "--id", made, "--download", at("into"))
         self.assertEqual(content(at("into", "link")), b"behind")
 
     def test_a_file_that_changes_while_it_is_read_is_not_attached(self):
@@ -2940,7 +2942,7 @@ class OddMachines(Case):
             path = self.file("a.txt", b"x" * 100000)
             self.box.on_request = lambda record: change_it() if (
                 record.path == "/api/v2/attachments") else None
-            ran = self.ends(2, *CREATE, "--docstring", str(number), "--attach", path)
+            ran = self.fails(2, *CREATE, "--docstring", str(number), "--attach", path)
             self.assertIn("changed", ran.err)
             self.assertNotIn("PATCH", [record.method for record in self.box.requests])
 
@@ -2979,17 +2981,17 @@ class OddMachines(Case):
                     with self.subTest(closed=closed, args=args):
                         self.orderly(ran)
         queue = ("--queue", os.path.join(self.folder, "q"))
-        self.assertEqual(self.ends(0, "queue", "ls", *queue, "--json").json["meta"]["sent"], 1)
+        self.assertEqual(self.ok("queue", "ls", *queue, "--json").json["meta"]["sent"], 1)
 
     def test_a_home_that_is_missing_or_cannot_be_written_stops_only_the_queue_in_it(self):
         env = {"TOFUPILOT_HOME": os.path.join(self.file("a.txt", b""), "x")}    # root can write
         for args in (["ls"], ["check"], CREATE + ["--queue", os.path.join(self.folder, "q")]):
-            self.ends(0, *args, env=env)
-        self.assertIn("NOT stored", self.ends(6, *CREATE, "--offline", env=env).err)
+            self.ok(*args, env=env)
+        self.assertIn("NOT stored", self.fails(6, *CREATE, "--offline", env=env).err)
         for name in ("HOME", "USERPROFILE", "TOFUPILOT_HOME"):
             del self.env[name]
-        self.ok("ls")
-        self.ok("check", "--queue", "q")
+        self.run_script("ls", status=0)
+        self.run_script("check", "--queue", "q", status=0)
 
     def test_a_python_without_ssl_or_sqlite3_does_all_that_needs_neither(self):
         lack = "for name in %r.split(): sys.modules[name] = None\n"
@@ -3002,10 +3004,9 @@ class OddMachines(Case):
         queue = os.path.join(self.folder, "q")
         for code, statuses, args, says in (
                 (no_ssl, (2, 6), ["ls", "--url", "https://127.0.0.1:1", *ONCE], "(?i)error: .*ssl"),
-                (no_sqlite, (0,), CREATE, "directly"), (no_sqlite, (6,), CREATE + ["--offline"],
-                                                        "NOT stored"),
-                (no_sqlite, (4,), ["queue", "send"], queue), (
-                    no_ssl, (0,), CREATE + ["--offline"], "")):
+                (no_sqlite, (0,), CREATE, "directly"), (no_sqlite, (4,), ["queue", "send"], queue),
+                (no_sqlite, (6,), CREATE + ["--offline"], "NOT stored"),
+                (no_ssl, (0,), CREATE + ["--offline"], "")):
             args = args + ["--queue", queue] * (args[0] != "ls")
             ran = self.orderly(self.wrapped(code, *args))
             self.assertIn(ran.status, statuses, ran)
@@ -3029,11 +3030,11 @@ class OddMachines(Case):
                 os.environ, {"HOME": "/nowhere", "USERPROFILE": self.folder}, clear=True):
             self.assertEqual(runs.find_login(warn=self.fail)[:2], (self.box.url, self.box.user_key))
         ids = "@" + self.file("ids", b"\xef\xbb\xbfa\r\nb\r\n\r\n")
-        self.ends(0, "ls", "--serial-numbers", ids)
+        self.ok("ls", "--serial-numbers", ids)
         self.assertRegex(self.box.requests[-1].query, "^serial_numbers=a&serial_numbers=b&limit")
         path = self.file("C:\\data\\scope.png") if POSIX else self.file("scope.png")
         with mock.patch.object(os.path, "basename", ntpath.basename):
-            self.assertIn(" scope.png ", self.ends(0, *CREATE, "--attach", path).out)
+            self.assertIn(" scope.png ", self.ok(*CREATE, "--attach", path).out)
 
 
 @unittest.skipUnless(POSIX, "Windows has no such signals")
@@ -3043,10 +3044,10 @@ class Signals(Case):
         half = dripping(raw_answer(b"x" * 1000, "Content-Length: 999999"), b"x", 0.2)
         path, peer, queue = self.file("a.txt"), Peer(self, half), ("--queue", "q")
         self.box.store.fill(5)
-        rows = [("GET", 1, ["ls"]), ("GET", 2, ["ls", "--all", "--page-size", "2", "--out", "o"]),
-                ("POST", 1, CREATE), ("PUT", 1, CREATE + ["--attach", path]), (None, 0, [
-                    "get", "--id", "a", "--download", "."]), ("503", 0, ["ls"]), (
-                        "GET", 1, ["check"]), ("POST", 1, ["queue", "send", *queue])]
+        rows = [(None, 0, ["get", "--id", "a", "--download", "."]), ("503", 0, ["ls"]),
+                ("GET", 1, ["ls"]), ("GET", 2, ["ls", "--all", "--page-size", "2", "--out", "o"]),
+                ("POST", 1, CREATE), ("PUT", 1, CREATE + ["--attach", path]),
+                ("GET", 1, ["check"]), ("POST", 1, ["queue", "send", *queue])]
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             for method, count, args in rows:
                 self.ok(*CREATE, "--offline", "--docstring", str(status), *queue)
@@ -3602,6 +3603,7 @@ class QueueAnswers(QueueCase):
 @unittest.skipUnless(Forge.there, "the kills need fork")
 class ExactlyOnce(QueueCase):
     """A run is on the server once and with all its files, whatever is lost or killed."""
+    place = RAM
 
     def test_a_lost_answer_makes_no_second_run(self):
         """Control: where it does not look before it sends again, an old server gets it twice."""
@@ -3770,6 +3772,7 @@ runs.Queue.run = lambda self, sql, *values: marked(self, sql.replace(
 
 class Crowd(QueueCase):
     """Several processes at one queue file."""
+    place = RAM
 
     def test_four_senders_and_sixteen_writers_bring_each_run_to_the_server_once(self):
         """Control: with the senders' lock patched away entries are sent by several."""
@@ -3804,6 +3807,7 @@ class Crowd(QueueCase):
 
 class BadDisk(QueueCase):
     """A queue that cannot be written: the run goes directly, or is told to be not stored."""
+    place = RAM
 
     def broken(self):
         """(name, path) of what is no usable queue."""
@@ -4060,7 +4064,8 @@ class Trial:
 
     def __init__(self, kills, seed, knows_ref, until):
         self.wanted, self.seed, self.until = kills, seed, until
-        self.box, self.folder = Sandbox(knows_ref=knows_ref), tempfile.mkdtemp("", "trial-")
+        self.box = Sandbox(knows_ref=knows_ref)
+        self.folder = tempfile.mkdtemp("", "trial-", RAM)
         self.kills, self.expected, self.bugs, self.lock = 0, {}, [], threading.Lock()
         self.queues = [os.path.join(self.folder, name + ".queue") for name in "abc"]
         self.env = {"TOFUPILOT_HOME": self.folder, "TOFUPILOT_URL": self.box.url,
