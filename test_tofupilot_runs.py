@@ -3661,8 +3661,7 @@ class ExactlyOnce(QueueCase):
     def test_a_kill_at_any_request_loses_and_doubles_nothing(self):
         """Each request of create and of send, before and after the server has processed it.
 
-        Control: without the commit of upload ids (QueuedFile.save) an upload is made twice; with
-        the link before the upload an empty attachment is on the run.
+        Control: with the link before the upload an empty attachment is on the run.
         """
         def check(box):
             expected = {}
@@ -4011,7 +4010,10 @@ class Moving(QueueCase):
         self.intact("A", "B", "C")
 
     def test_progress_comes_along(self):
-        """The run is there and its files uploaded: the stick's sender links them, no more."""
+        """The run is there and its files uploaded: the stick's sender links them, no more.
+
+        Control: without the commit of upload ids (QueuedFile.save) they are uploaded again.
+        """
         self.do(*create("A", "--offline", *self.attach))
         self.box.fault("status", "PATCH /v2/runs/{id}")
         self.do("queue", "send", status=6)
