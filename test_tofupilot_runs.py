@@ -4234,6 +4234,105 @@ class Trials(unittest.TestCase):
         self.assertGreater(refused, 0.5)
 
 
+class SmallPromises(Case):
+    """What people run into on the first days."""
+
+    def setUp(self):
+        super().setUp()
+        self.queue = os.path.join(self.folder, "q")
+
+    def test_dry_run_leaves_the_queue_as_it_is(self):
+        self.ok(*CREATE, "--offline", "--queue", self.queue)
+        before = content(self.queue)
+        ran = self.ok("queue", "send", "--queue", self.queue, "--dry-run")
+        self.assertEqual([json.loads(line)["method"] for line in ran.out.splitlines()], ["POST"])
+        for words in ("rm", "f"), ("move", "other"):
+            self.assertIn("--dry-run", self.fails(
+                2, "queue", *words, "--queue", self.queue, "--dry-run").err)
+        self.assertEqual((content(self.queue), self.sent()), (before, []))
+        self.ok("queue", "send", "--queue", self.queue)
+        self.assertEqual(len(self.stored()), 1)
+
+    def test_one_reference_is_one_content_in_the_queue_too(self):
+        mine = ("--client-run-ref", "mine", "--offline", "--queue", self.queue)
+        self.ok(*CREATE, *mine)
+        self.ok(*CREATE, *mine)
+        for sent in False, True:        # waiting, then a receipt
+            self.assertIn("another run's", self.fails(2, *create("SN-2", *mine)).err)
+            self.ok("queue", "send", "--queue", self.queue)
+        self.assertEqual(len(self.stored()), 1)
+
+    def test_a_refused_run_can_be_had_back_corrected_and_sent(self):
+        self.box.fault("status", "POST /v2/runs", status=422, body={"message": "no such part"})
+        path = self.file("a.txt")
+        self.ok(*create("SN-9", "--attach", path, "--queue", self.queue))
+        row = self.ok("queue", "ls", "--queue", self.queue, "--json").json["data"][0]
+        self.assertEqual((row["state"], "no such part" in row["error"]), ("parked", True))
+        self.assertIn("FAIL  queue", self.fails(5, "check", "--queue", self.queue).out)
+        self.ok("queue", "get", row["client_run_ref"][:8], "--queue", self.queue, "--json",
+                "--out", "fixed.json", "--download", "files")
+        ran = self.ok("create", "--body", "@fixed.json", "--part-number", "P", "--attach",
+                      os.path.join("files", "a.txt"), "--queue", self.queue)
+        self.assertEqual(self.attached(ran.out.split()[2]), ["a.txt"])
+        self.assertIn("Attached a.txt", ran.out)
+        self.ok("queue", "rm", row["client_run_ref"][:8], "--queue", self.queue)
+        self.assertEqual(self.ok("queue", "send", "--queue", self.queue).status, 0)
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "pty, links and devices are of POSIX")
+    def test_out_keeps_devices_and_links_what_they_are_and_rm_asks_on_a_terminal(self):
+        device = "/dev/full" if os.path.exists("/dev/full") else os.devnull
+        self.run_script("ls", "--out", device)
+        self.assertTrue(stat.S_ISCHR(os.stat(device).st_mode))
+        os.symlink(self.file("target"), "link")
+        self.ok("ls", "--out", "link")
+        self.assertTrue(os.path.islink("link"))
+        self.assertIn(b"OUTCOME", content("target"))
+        self.assertIn("OUTCOME", self.ok("ls", "--out", "-").out)
+        self.ok(*CREATE, "--offline", "--queue", self.queue)
+        words = ("queue", "rm", "f", "--queue", self.queue)
+        self.assertEqual(self.terminal(*words, answer=b"n\n")[0], 130)
+        self.assertEqual(self.ok("queue", "ls", "--queue", self.queue, "-q").out.count("\n"), 1)
+        self.assertEqual(self.terminal(*words, answer=b"y\n")[0], 0)
+
+    def test_an_id_of_a_wrong_form_is_not_found(self):
+        id = self.made()
+        for words in ("get", "--id", id[:-1]), ("update-metadata", "--id", "x", "--set", "a=1"), (
+                "attachments", "finalize", "--id", "x"), ("rm", "--ids", id, "x"):
+            self.assertIn("no ", self.fails(4, *words).err)
+        self.assertIn("no run x (400)", self.fails(4, "rm", "--ids", id, "x").err)
+        self.assertEqual(self.stored(), [id])
+
+    def test_a_key_file_of_any_editor_is_read_and_a_key_in_its_place_not_shown(self):
+        for encoding in "utf-8-sig", "utf-16", "utf-16-le":
+            path = self.file("key", (self.box.user_key + "\r\n").encode(encoding))
+            self.ok("ls", "--api-key-file", path, env={"TOFUPILOT_API_KEY": ""})
+        self.assertNotIn(self.box.user_key, self.fails(3, "ls", "--api-key-file",
+                                                       self.box.user_key).err)
+
+    def test_errors_say_all_they_know(self):
+        with self.assertRaisesRegex(runs.Unavailable, "cannot reach"):
+            runs.Client(CLOSED, self.box.user_key, retries=0).list()
+        with self.assertRaisesRegex(runs.BadInput, "serial_number: missing"):
+            self.client().create(outcome="PASS")
+        self.assertIn("FAIL  key", self.fails(3, "check", env={"TOFUPILOT_API_KEY": ""}).out)
+        self.assertIn("queue move", self.fails(2, "queue").err)
+        self.assertIn("queue move", self.ok("queue", "--help").out)
+        self.assertIn("removed the double quotes", self.fails(
+            2, "update-metadata", "--id", "x", "--metadata", "{shift:A}").err)
+        self.file("run.json", json.dumps(BODY).encode())
+        self.assertIn("--body @run.json", self.fails(2, "create", "--body", "run.json").err)
+        self.assertIn("time of day", self.fails(
+            2, *UNIT, "--started-at", "2026-05-19", "--ended-at", END).err)
+        self.box.fault("status", "POST /v2/runs", status=500, body={"message": "x"}, times=None)
+        self.ok(*CREATE, "--queue", self.queue)
+        ran = self.fails(6, "queue", "retry", "--queue", self.queue, "--json")
+        self.assertEqual((ran.json["waiting"], ran.error["exit_code"]), (1, 6))
+
+    def test_a_column_of_metadata_asks_for_it(self):
+        self.made(metadata={"shift": "A"})
+        self.assertIn("A", self.ok("ls", "--columns", "id,metadata.shift").out.splitlines()[1])
+
+
 # ---- tests: README -------------------------------------------------------------------------------
 
 @unittest.skipUnless(shutil.which("bash"), "the recipes are for a shell: bash is missing")
