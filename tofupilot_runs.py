@@ -2606,14 +2606,24 @@ class Call:
             sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {shown(text)}\n")
             sys.stdout.flush()
 
-    def progress(self, file, sent):
-        """A line on a terminal once an upload takes more than 2 s."""
+    def live(self, text, last):
+        """A line on a terminal that is written over, once a command takes more than 2 s."""
         self.began = self.began or time.monotonic()
-        if time.monotonic() - self.began > 2 and sys.stderr.isatty() and not self.silent:
-            sys.stderr.write(f"\rUploading {shown(file.name, 40)} {100 * sent // file.size:3d}%  "
-                             f"{size_text(sent)} of {size_text(file.size)}  "
-                             + "\n" * (sent == file.size))
+        if text and time.monotonic() - self.began > 2 and isatty(sys.stderr) and not self.silent:
+            sys.stderr.write(f"\r{text}  " + "\n" * last)
             sys.stderr.flush()
+
+    def progress(self, file, sent):
+        self.live(f"Uploading {shown(file.name, 40)} {100 * sent // file.size:3d}%  "
+                  f"{size_text(sent)} of {size_text(file.size)}", sent == file.size)
+
+
+def isatty(stream):
+    """Whether there is a terminal: services have no streams, or closed ones."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 def run_ls(call):
@@ -2635,6 +2645,8 @@ def run_ls(call):
         try:
             for rows, meta in pages:
                 count += len(rows)
+                call.live(f"{count} runs" if whole and (call.get("out") or not isatty(sys.stdout))
+                          else "", not meta.get("has_more"))
                 yield rows, meta
         except Error as error:
             error.hint += f"\nto go on from here: --cursor {error.cursor}"
@@ -2889,7 +2901,7 @@ def no_dry_run(call):
 
 def ask(call, question):
     """Asks on a terminal, and goes on elsewhere or with --yes."""
-    asks = sys.stdin and sys.stdin.isatty() and sys.stderr.isatty() and not call.get("dry_run")
+    asks = isatty(sys.stdin) and isatty(sys.stderr) and not call.get("dry_run")
     if asks and not call.get("yes"):
         sys.stderr.write(question + " This cannot be undone. Type y: ")
         sys.stderr.flush()
