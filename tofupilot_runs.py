@@ -9,10 +9,11 @@ Nothing to install: copy this file to any machine that has Python 3.6 or newer a
 As a module it has `Client` and the errors it raises. The rooms of this file, in the order in
 which a command flows; each uses only those above it:
 
+    identity      names and limits
     errors        what a caller can do next decides the type, the type decides the exit status
     values        text to what goes over the wire, and back to what people read
     fields        the one table: every flag, request field, check and line of help
-    identity      which server, which key
+    login         which server, which key
     transport     one kept connection per host; is it the API speaking?
     client        the operations of the API, retries, one run per create
     attaching     the one way in which files reach a run
@@ -39,6 +40,9 @@ import re
 import stat
 import sys
 import time
+
+
+# ---- identity ------------------------------------------------------------------------------------
 
 __version__ = "1.0.0"
 __all__ = ["Client", "Error", "BadInput", "AccessDenied", "NotFound", "Refused", "Unavailable"]
@@ -729,7 +733,7 @@ def check(operation, values, flags=False):
     return wire
 
 
-# ---- identity ------------------------------------------------------------------------------------
+# ---- login ---------------------------------------------------------------------------------------
 
 Login = collections.namedtuple("Login", "url key source slug")
 
@@ -1240,7 +1244,8 @@ class Client:
                                 operation != "create_attachment")
         except (NotFound, Refused) as error:
             id, said = wire.get("id"), error.message.partition(": ")[2]
-            wrong = error.status == 400 and re.match(r"ids?(?:\[(\d+)\])?: ", "".join(error.issues[:1]))
+            wrong = error.status == 400 and error.issues and re.match(
+                r"ids?(?:\[(\d+)\])?: ", error.issues[0])
             if wrong and operation == "delete":     # the server looks at the form of an ID first
                 id = wire["ids"][int(wrong.group(1) or 0)]
                 said += "; nothing was deleted"
@@ -1677,7 +1682,8 @@ INSERT INTO identity VALUES (lower(hex(randomblob(16))));
 CREATE TABLE entry (id INTEGER PRIMARY KEY AUTOINCREMENT, ref TEXT, state TEXT, body TEXT,
     units TEXT, outcome TEXT, serial_number TEXT, procedure_id TEXT, stored_at REAL,
     tries INTEGER DEFAULT 0, tried_at REAL, failed_at REAL, next_try_at REAL DEFAULT 0,
-    error TEXT, exit_code INTEGER, content TEXT, origin TEXT, run_id TEXT, target TEXT, hop TEXT, came TEXT,
+    error TEXT, exit_code INTEGER, content TEXT, origin TEXT, run_id TEXT, target TEXT,
+    hop TEXT, came TEXT,
     ended_at REAL);
 CREATE INDEX entry_by_ref ON entry (ref);
 CREATE INDEX entry_by_state ON entry (state, id);
@@ -1793,7 +1799,8 @@ class Queue:
         """Entries (dicts) without what is large, oldest first."""
         return [dict(row) for row in self.run(
             "SELECT id, ref, state, units, outcome, serial_number, procedure_id, stored_at, tries, "
-            "tried_at, failed_at, next_try_at, error, exit_code, content, origin, run_id, target, hop, came "
+            "tried_at, failed_at, next_try_at, error, exit_code, content, origin, run_id, target, "
+            "hop, came "
             f"FROM entry WHERE {where} ORDER BY id", *values)]
 
     def same(self, ref):
@@ -2157,13 +2164,21 @@ COLOURS = {"PASS": 32, "FAIL": 31, "ERROR": 35, "TIMEOUT": 35, "ABORTED": 33, "S
            "UNSET": 33}
 
 
+def isatty(stream):
+    """Whether there is a terminal: services have no streams, or closed ones."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
+
+
 class Screen:
     """Writes a Result as a table or text, JSON, JSON lines or CSV, to a terminal, pipe or file."""
 
     def __init__(self, stream, format="table", columns=None, quiet=False):
         self.stream, self.format, self.quiet = stream, format, quiet
         self.columns = [(path, path) for path in columns or ()]
-        self.tty = stream.isatty()
+        self.tty = isatty(stream)
         self.width = terminal_width() if self.tty else 0
         self.colour = (self.tty and not os.environ.get("NO_COLOR")
                        and os.environ.get("TERM") != "dumb" and console_takes_colour())
@@ -2618,14 +2633,6 @@ class Call:
                   f"{size_text(sent)} of {size_text(file.size)}", sent == file.size)
 
 
-def isatty(stream):
-    """Whether there is a terminal: services have no streams, or closed ones."""
-    try:
-        return stream.isatty()
-    except (AttributeError, ValueError):
-        return False
-
-
 def run_ls(call):
     filters, client = call.wire("list"), call.client()
     limit, whole = filters.pop("limit", None), call.get("all") or call.get("summary")
@@ -2645,8 +2652,8 @@ def run_ls(call):
         try:
             for rows, meta in pages:
                 count += len(rows)
-                call.live(f"{count} runs" if whole and (call.get("out") or not isatty(sys.stdout))
-                          else "", not meta.get("has_more"))
+                if whole and (call.get("out") or not isatty(sys.stdout)):
+                    call.live(f"{count} runs", not meta.get("has_more"))
                 yield rows, meta
         except Error as error:
             error.hint += f"\nto go on from here: --cursor {error.cursor}"
@@ -2674,8 +2681,8 @@ def run_get(call):
         yield from report(run, screen, run_link(client, dig(run, "procedure.id"), run.get("id")),
                           call.get("failed_only"), call.get("logs"))
         yield from section("SAVED", saved)
-    return Result(run, lines, ids=[run.get("id")], columns=RUN_COLUMNS, status=10 if call.get("exit_status")
-                  and run.get("outcome") != "PASS" else 0)
+    status = 10 if call.get("exit_status") and run.get("outcome") != "PASS" else 0
+    return Result(run, lines, ids=[run.get("id")], columns=RUN_COLUMNS, status=status)
 
 
 def run_link(client, procedure_id, run_id):
@@ -2723,12 +2730,11 @@ def create_now(call, body, files):
 def created_lines(call, body, run_id):
     phases = body.get("phases", ())
     count = sum(len(phase.get("measurements") or ()) for phase in phases)
-    link = run_link(call.client(), body["procedure_id"], run_id)
-    return [f"Created run {shown(run_id)}", "  " + "  ".join(filter(None, [
-        body["outcome"], body["serial_number"],
-        phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
-        seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]))
-            ] + (["  " + link] if link else [])
+    told = [body["outcome"], body["serial_number"],
+            phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
+            seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]
+    lines = ["  ".join(filter(None, told)), run_link(call.client(), body["procedure_id"], run_id)]
+    return [f"Created run {shown(run_id)}"] + ["  " + line for line in lines if line]
 
 
 def file_lines(files, new):
@@ -2866,7 +2872,7 @@ def run_queue_get(call):
     lines += section("ATTACHMENTS", [f"{shown(file.name)}  {size_text(file.size)}"
                                      for file in files])
     request = json.loads(body) if body else shows
-    if body and entry["ref"] == entry["content"]:       # made from the content: create makes it anew
+    if body and entry["ref"] == entry["content"]:       # create makes it anew, from the content
         del request["client_run_ref"]
     return Result(request, lines + section("SAVED", saved), ids=[entry["ref"]])
 
@@ -2889,7 +2895,7 @@ def run_queue_rm(call):
         queue.tidy()
     gone = [entry["ref"] for entry in entries]
     return Result({"client_run_ref": gone}, [
-        f"Removed {entry['ref'][:12]} {entry['serial_number']} {entry['outcome']} ({entry['state']})"
+        "Removed {0} {serial_number} {outcome} ({state})".format(entry["ref"][:12], **entry)
         for entry in entries], ids=gone)
 
 
@@ -3018,9 +3024,9 @@ def run_rm(call):
     ids, client = list(dict.fromkeys(call.wire("delete")["ids"])), call.client()
     ask(call, f"Delete {counted(len(ids), 'run')}?")
     gone = client.delete(ids)["id"]
+    lines = [f"Deleted {counted(len(gone), 'run')}"] + ["  " + shown(id) for id in gone]
     kept = ["  " + shown(id) for id in ids if id not in gone]
-    return Result({"id": gone}, [f"Deleted {counted(len(gone), 'run')}"] + ["  " + shown(id) for id in gone]
-                  + ([f"Not there: {len(kept)}"] + kept if kept else []),
+    return Result({"id": gone}, lines + ([f"Not there: {len(kept)}"] + kept if kept else []),
                   rows=[{"id": id} for id in gone], ids=gone)
 
 
@@ -3036,9 +3042,8 @@ def run_check(call):
             if meta["parked"]:
                 raise Refused(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting "
                               f"in {path}", f"{PROG} queue ls tells why")
-            return "{waiting} waiting, {parked} parked, {bytes} bytes in {file}".format(
-                **meta) + (f", oldest {ago(time.time() - waits[0]['stored_at'])}"
-                                   if waits else "")
+            oldest = f", oldest {ago(time.time() - waits[0]['stored_at'])}" if waits else ""
+            return f"{len(waits)} waiting{oldest}, {meta['bytes']} bytes in {path}"
 
     def key():
         if not client.login.key:
@@ -3318,9 +3323,12 @@ def new_parser(path, made=Parser, **more):
     """A parser for a command; its flags, or the commands below it, come when it is called."""
     words = {"queue get": " REF", "queue rm": " REF ...", "queue retry": " [REF ...]",
              "queue move": " FILE"}.get(path, "")
-    parser = made(usage=f"{PROG} {path}{words} [flags]", add_help=False, formatter_class=lambda prog:
-                  argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
-                                                       width=min(100, terminal_width()) - 1), **more)
+
+    def form(prog):
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
+                                                    width=min(100, terminal_width()) - 1)
+    parser = made(usage=f"{PROG} {path}{words} [flags]", add_help=False, formatter_class=form,
+                  **more)
     parser.prog = f"{PROG} {path}".rstrip()
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.fill = lambda parser: fill(parser, path)
