@@ -179,9 +179,12 @@ def load_json(data):
         raise ValueError("too many brackets inside each other") from None
 
 
+_PLAIN = json.JSONEncoder(allow_nan=False)      # made once: rows come by the hundred thousand
+
+
 def dump_json(value, indent=None):
     """JSON as text, ASCII only, so that no stream can fail on it."""
-    return json.dumps(value, indent=indent, allow_nan=False)
+    return json.dumps(value, indent=indent, allow_nan=False) if indent else _PLAIN.encode(value)
 
 
 def parse_time(text, now=None):
@@ -1170,7 +1173,7 @@ class Client:
 
         An error has `cursor`, where to go on.
         """
-        filters, seen = check("list", filters), collections.deque(maxlen=1000)
+        filters, recent = check("list", filters), collections.deque(maxlen=10)
         cursor = filters.get("cursor")
         while True:
             filters["limit"] = min(page_size, limit or page_size)
@@ -1179,8 +1182,9 @@ class Client:
             except Error as error:
                 error.cursor = cursor
                 raise
-            fresh = [row for row in rows if row.get("id") not in seen]
-            seen.extend(row.get("id") for row in fresh)
+            known = set().union(*recent)
+            fresh = [row for row in rows if str(row.get("id", id(row))) not in known]
+            recent.append({str(row.get("id")) for row in rows})
             yield fresh, meta
             cursor = filters["cursor"] = meta.get("next_cursor")
             limit = limit and limit - len(fresh)
@@ -1992,7 +1996,8 @@ class Pass:
         """`force`: entries that do not wait for their time: a set of refs, or all with ()."""
         self.queue, self.client, self.tell, self.force = queue, client, tell, force
         self.sent, self.unsent, self.codes, self.marked = [], [], set(), set()
-        self.streak, self.over, self.fresh, self.since = 0, False, [], 0
+        self.streak, self.over, self.since = 0, False, 0
+        self.fresh, self.busy = [], set()       # what went and has no receipt yet, and its units
 
     def run(self):
         """False where another process is sending this queue."""
@@ -2011,6 +2016,7 @@ class Pass:
     def send_all(self):
         """Sends what is due; an entry that shares a unit with an older one waits for it."""
         ready, blocked, now, here = [], set(), time.time(), self.client.login.url
+        self.have_files = {row["entry"] for row in self.queue.run("SELECT entry FROM file")}
         for entry in self.queue.entries("state = 'waiting'"):
             entry["units"] = set(json.loads(entry["units"]))
             forced = self.force is not None and (not self.force or entry["ref"] in self.force)
@@ -2045,7 +2051,7 @@ class Pass:
         queue, number, run_id = self.queue, entry["id"], entry["run_id"]
         body = json.loads(queue.body(number))
         self.marked.discard(number)
-        if any(entry["units"] & other["units"] for other, _ in self.fresh) or entry["tried_at"]:
+        if entry["tried_at"] or entry["units"] & self.busy:
             self.flush()        # a look must know which runs are others
         try:
             if not run_id:
@@ -2053,11 +2059,10 @@ class Pass:
                     "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
                     entry["serial_number"])} if entry["tried_at"] else ()
                 run_id = self.client.send_create(body, entry["tried_at"], taken)["id"]
-            files = queue.files(number)
-            if files:
+            if number in self.have_files:
                 self.flush()
                 queue.change(number, run_id=run_id)
-                attach(self.client, run_id, files)
+                attach(self.client, run_id, queue.files(number))
         except QueueUnusable:
             raise
         except Error as error:
@@ -2065,6 +2070,7 @@ class Pass:
             return
         self.since = self.since if self.fresh else time.monotonic()
         self.fresh.append((entry, run_id))
+        self.busy |= entry["units"]
         if len(self.fresh) >= BATCH or time.monotonic() - self.since > 1:
             self.flush()
         self.streak = 0
@@ -2076,8 +2082,11 @@ class Pass:
         """Commits the receipts of what went. A kill before it costs a look at each, no more."""
         with self.queue.transaction():
             for entry, run_id in self.fresh:
-                self.queue.end(entry["id"], "sent", run_id=run_id)
-        self.fresh = []
+                if self.queue.run("SELECT id FROM file WHERE entry = ? AND done = 0", entry["id"]):
+                    self.queue.change(entry["id"], run_id=run_id)   # it got more files meanwhile
+                else:
+                    self.queue.end(entry["id"], "sent", run_id=run_id)
+        self.fresh, self.busy = [], set()
 
     def failed(self, entry, body, error, run_id):
         self.flush()
@@ -2090,8 +2099,7 @@ class Pass:
             "utf-8", "backslashreplace").decode()
         self.queue.change(
             entry["id"], state=state, tries=entry["tries"] + 1, failed_at=now,
-            next_try_at=now + wait, exit_code=code,
-            error=told[:4000],
+            next_try_at=now + wait, exit_code=code, error=told[:4000],
             tried_at=(entry["tried_at"] or now) if unsure else None,
             origin=self.client.login.url if unsure else None)
         self.codes.add(code)
@@ -2208,8 +2216,8 @@ class Screen:
         self.stream.write('{"data": [')
         try:
             for rows, meta in pages:
-                for row in rows:
-                    self.stream.write(f"{comma}\n{dump_json(row)}")
+                if rows:
+                    self.stream.write(comma + "\n" + ",\n".join(map(dump_json, rows)))
                     comma = ","
                 self.stream.flush()
         except Error as error:
