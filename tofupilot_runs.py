@@ -843,7 +843,7 @@ class Transport:
         self.timeout, self.ca_cert, self.trace = timeout, ca_cert, trace
         self.opener = self.context = self.watchdog = None
         self.kept = {}                  # connections, by scheme, host and tunnel
-        self.server_clock = None        # (server's time, ours) of the last answer that told it
+        self.dated = None, 0        # (Date of the last answer, our time then)
 
     def add_parent(self, parent):
         """Part of urllib's protocol for handlers, as is the order of handlers."""
@@ -857,6 +857,11 @@ class Transport:
         if self.watchdog:
             self.watchdog.ended.set()
             self.watchdog = None
+
+    def clocks(self):
+        """(the server's time, ours) at the last answer; None where it told no time."""
+        theirs = http_date(self.dated[0])
+        return theirs and (theirs, self.dated[1])
 
     def make_context(self):
         import ssl
@@ -980,8 +985,7 @@ class Transport:
             raise
         finally:
             response.close()
-        clock = http_date(response.getheader("Date"))
-        self.server_clock = (clock, time.time()) if clock else self.server_clock
+        self.dated = response.getheader("Date"), time.time()
         return Answer(response.status, response.headers, b"".join(pieces))
 
 
@@ -1369,7 +1373,7 @@ class Client:
         for rows, _ in self.pages(
                 serial_numbers=[body["serial_number"]], procedure_ids=[body["procedure_id"]],
                 started_after=around[0], started_before=around[1], include_metadata=True):
-            theirs, ours = self.transport.server_clock or (time.time(), time.time())
+            theirs, ours = self.transport.clocks() or (time.time(), time.time())
             passed = ours - since
             earliest = theirs - passed - 600 if passed >= 0 else 0      # our clock was set back
             for row in rows:
@@ -1900,9 +1904,11 @@ class Queue:
         self.run(f"DELETE FROM file WHERE entry IN {chosen}", *values)
         self.run(f"DELETE FROM entry WHERE {where}", *values)
 
-    def end(self, number, state, **more):
+    def end(self, number, state, has_files=True, **more):
         """Makes an entry a receipt: what is large goes."""
-        self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)", number)
+        if has_files:
+            self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)",
+                     number)
         self.change(number, state=state, body=None, error=None, ended_at=time.time(), **more)
 
     def tidy(self):
@@ -2080,12 +2086,17 @@ class Pass:
 
     def flush(self):
         """Commits the receipts of what went. A kill before it costs a look at each, no more."""
+        if not self.fresh:
+            return
         with self.queue.transaction():
+            unfinished = {row["entry"] for row in
+                          self.queue.run("SELECT entry FROM file WHERE done = 0")}
             for entry, run_id in self.fresh:
-                if self.queue.run("SELECT id FROM file WHERE entry = ? AND done = 0", entry["id"]):
-                    self.queue.change(entry["id"], run_id=run_id)   # it got more files meanwhile
+                number = entry["id"]
+                if number in unfinished:       # it got more files meanwhile
+                    self.queue.change(number, run_id=run_id)
                 else:
-                    self.queue.end(entry["id"], "sent", run_id=run_id)
+                    self.queue.end(number, "sent", number in self.have_files, run_id=run_id)
         self.fresh, self.busy = [], set()
 
     def failed(self, entry, body, error, run_id):
@@ -3064,7 +3075,7 @@ def run_check(call):
         return f"{found.get('type')} {name} of {dig(found, 'organization.name')}"
 
     def clock():
-        theirs, ours = client.transport.server_clock or (0, 0)
+        theirs, ours = client.transport.clocks() or (0, 0)
         off = round(ours - theirs)
         if abs(off) > 120:
             raise BadInput(f"{abs(off)} s {'ahead of' if off > 0 else 'behind'} the server",
