@@ -4344,6 +4344,52 @@ class SmallPromises(Case):
         ran = self.fails(6, "queue", "retry", "--queue", self.queue, "--json")
         self.assertEqual((ran.json["waiting"], ran.error["exit_code"]), (1, 6))
 
+    def test_each_failure_has_its_message_its_object_and_its_status(self):
+        id, path = self.made(), self.file("scope.png")
+        lost = ("drop-after", "POST /v2/runs"), ("status", "GET /v2/runs")
+        for words, env, faults, status, message, hint in (
+                ("ls --serial X", {}, (), 2, "unknown option --serial", "--serial-numbers"),
+                ("update-metadata --id x --metadata {a:1}", {}, (), 2, "is not JSON", "--set"),
+                ("ls", {"TOFUPILOT_API_KEY": ""}, (), 3, "no API key", "--api-key-file"),
+                ("ls", {"TOFUPILOT_API_KEY": "wrong-key-3f9c"}, (), 3, r"ending \.\.\.3f9c \(401\)",
+                 "check the key"),
+                (" ".join(create("A")), {}, [("status", "POST /v2/runs", dict(status=422, body={
+                    "message": "no", "issues": [{"path": ["phases", 1], "message": "odd"}]}))], 5,
+                 "422: no", "correct the data"),
+                (" ".join(create("A")), {"TOFUPILOT_URL": CLOSED}, (), 6, "cannot reach",
+                 "nothing was sent(.|\n)*--queue FILE"),
+                (" ".join(create("A")), {}, lost, 6, "may be stored or not", "again"),
+                ("get --id " + id[:-1], {}, (), 4, "no run " + id[:-1], "has 35 characters"),
+                (" ".join(create("B", "--attach", path)), {}, [("status", "PUT .*")], 6,
+                 r"is stored, 1 of 1 attachments not: scope\.png", "only what is missing")):
+            for form in (), ("--json",):
+                self.box.calm()
+                for kind, match, *more in faults:
+                    self.box.fault(kind, match, times=None, **(more[0] if more else {}))
+                with self.subTest(words, form=form):
+                    ran = self.fails(status, *words.split() + list(ONCE + form), env=env)
+                    said, fix = ran.err, ran.err
+                    if form:
+                        self.assertEqual((ran.out, ran.error["type"], ran.error["exit_code"]),
+                                         ("", "error", status))
+                        said, fix = ran.error["message"], ran.error["hint"]
+                    self.assertRegex(said, message)
+                    self.assertRegex(fix, hint)
+                    self.assertTrue(form or ran.err.startswith("error: ") and "Fix: " in ran.err)
+
+    def test_each_command_loads_only_what_it_needs(self):
+        costly = {"ssl", "sqlite3", "urllib.request", "http.client", "csv", "threading"}
+        self.ok(*CREATE, "--offline", "--queue", self.queue)
+        for words, loads in ((["--help"], set()), (["--version"], {"ssl"}),
+                             (["queue", "ls", "--queue", self.queue], {"sqlite3"}),
+                             (CREATE + ["--offline", "--queue", self.queue], {"sqlite3"}),
+                             (["ls"], {"ssl", "urllib.request", "http.client", "threading"})):
+            code = (f"import sys; sys.path.insert(0, {HERE!r}); import tofupilot_runs as t; "
+                    f"t.main({words!r}); print('LOADED', *sys.modules)")
+            ran = self.ended(self.popen(sys.executable, "-I", "-S", "-B", "-c", code), 0)
+            loaded = set(ran.out.rpartition("LOADED")[2].split())
+            self.assertLessEqual(loaded & costly, loads, words)
+
     def test_a_column_of_metadata_asks_for_it(self):
         self.made(metadata={"shift": "A"})
         self.assertIn("A", self.ok("ls", "--columns", "id,metadata.shift").out.splitlines()[1])
@@ -4391,10 +4437,10 @@ class Readme(Case):
 
 DEMO = """
 check
-runs ls --procedure-ids proc_abc --outcomes PASS --limit 50
-runs get --id run_abc123
 runs create --outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at \
 2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z
+runs ls --procedure-ids proc_abc --outcomes PASS --limit 50
+runs get --id run_abc123
 runs update --id run_abc --attachments att_1 att_2
 runs update-metadata --id run_abc --metadata '{"shift":"A","temp":23.4}'
 runs create-attachment --id run_abc --name report.pdf

@@ -2737,7 +2737,12 @@ def run_create(call):
 
 def create_now(call, body, files):
     client, new = call.client(), []
-    run_id = client.send_create(body)["id"]
+    try:
+        run_id = client.send_create(body)["id"]
+    except Unavailable as error:
+        if not error.sent:
+            error.hint += "\nto keep runs meanwhile, add --queue FILE"
+        raise
     document = {"id": run_id}
     if files:
         new = attach_all(call, client, run_id, files)
