@@ -3149,7 +3149,7 @@ class Forge:
         self.folder = tempfile.mkdtemp("", "forge-")
         self.output = [os.path.join(self.folder, name) for name in ("out", "err")]
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-W", "error", "-c", FORGE, SCRIPT] + self.output,
+            [sys.executable, "-I", "-S", "-B", "-W", "error", "-c", FORGE, SCRIPT] + self.output,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def start(self, folder, env, argv, patch="", n=0, alarm=0):
@@ -3316,7 +3316,7 @@ class Queueing(QueueCase):
         loaded = ("import runpy, sys\ndel sys.argv[0]\ntry: runpy.run_path(sys.argv[0], None, "
                   "'__main__')\nexcept SystemExit as end: sys.stderr.write(str(end.code) + "
                   "' '.join({'ssl', 'urllib.request', 'http.client'} & set(sys.modules)))")
-        ran = self.ended(self.popen(sys.executable, "-I", "-S", "-c", loaded, SCRIPT,
+        ran = self.ended(self.popen(sys.executable, "-I", "-S", "-B", "-c", loaded, SCRIPT,
                                     *create("A", "--offline")), 0)
         self.assertEqual(ran.err, "0")
         if POSIX:
