@@ -2319,7 +2319,7 @@ def fit(lines, columns, width):
     paths, keep = [path for _, path in columns], list(range(len(columns)))
     drop = [paths.index(path) for path in ("procedure.name", "started_at", "unit.serial_number")
             if columns is RUN_COLUMNS] or keep[:0:-1]
-    soft = [i for i in keep if not paths[i].endswith(("outcome", "id", "_at"))]
+    soft = [i for i in keep if not paths[i].endswith(("outcome", "id", "_at", "_ref"))]
     while width:
         free = width - 1 - 2 * (len(keep) - 1) - sum(need[i] for i in keep if i not in soft)
         shares = sorted((i for i in keep if i in soft), key=lambda i: need[i])
@@ -2876,7 +2876,8 @@ def run_queue_ls(call):
         meta = queue.meta()
     call.note(f"{meta['waiting']} waiting, {meta['parked']} parked, {size_text(meta['bytes'])} in "
               f"{meta['file']}")
-    columns = QUEUE_COLUMNS + ((("RUN", "run_id"),) if call.get("sent") else ())
+    run = (("RUN", "run_id"),) if call.get("sent") else ()
+    columns = QUEUE_COLUMNS[:2] + run + QUEUE_COLUMNS[2:]
     return Result({"data": rows, "meta": meta}, rows=rows, columns=columns,
                   ids=[row["client_run_ref"] for row in rows])
 
