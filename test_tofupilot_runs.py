@@ -4322,6 +4322,9 @@ class SmallPromises(Case):
         for encoding in "utf-8-sig", "utf-16", "utf-16-le":
             path = self.file("key", (self.box.user_key + "\r\n").encode(encoding))
             self.ok("ls", "--api-key-file", path, env={"TOFUPILOT_API_KEY": ""})
+        for more in [], ["--queue", self.queue]:       # stdin is read once, also for two clients
+            self.ok(*create("K", "--api-key-file", "-", *more), input=self.box.user_key.encode(),
+                    env={"TOFUPILOT_API_KEY": ""})
         self.assertNotIn(self.box.user_key, self.fails(3, "ls", "--api-key-file",
                                                        self.box.user_key).err)
 

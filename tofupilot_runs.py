@@ -2529,7 +2529,7 @@ class Call:
         self.fields = {field.name: field for field in fields}
         self.format = "json" if self.get("json") else self.get("format") or "table"
         self.quiet, self.durable, self.began = bool(self.get("q")), False, None
-        self.clients = contextlib.ExitStack()
+        self.clients, self.key = contextlib.ExitStack(), None
         self.silent = self.format == "json" and not self.get("v")
 
     def get(self, name):
@@ -2603,16 +2603,16 @@ class Call:
         return check(operation, self.values(operation), flags=True)
 
     def client(self, retries=3):
-        key, path, given = None, self.get("api_key_file"), self.get("retries")
-        if path is not None:
+        path, given = self.get("api_key_file"), self.get("retries")
+        if path is not None and self.key is None:       # once: it may come from stdin
             try:
                 key = self.read(path if path == "-" else "@" + path, "api_key_file")
-                key = key.decode(json.detect_encoding(key), "replace")      # Notepad, PowerShell
+                self.key = key.decode(json.detect_encoding(key), "replace")  # Notepad, PowerShell
             except BadInput as error:
                 if not self.stdin and not re.search(r"[./\\]", path):      # it may be the key
                     error.message = "--api-key-file: there is no such file"
                 raise error if self.stdin else AccessDenied(error.message, error.hint) from None
-        client = Client(self.get("url"), key, self.get("ca_cert"), self.get("timeout") or 30,
+        client = Client(self.get("url"), self.key, self.get("ca_cert"), self.get("timeout") or 30,
                         retries if given is None else given, bool(self.get("allow_http")),
                         f"--api-key-file {path}", self.warn, self.note if self.get("v") else None,
                         self.plan if self.get("dry_run") else None)
