@@ -834,22 +834,15 @@ Answer = collections.namedtuple("Answer", "status headers data")
 class Transport:
     """Exchanges with the API and the storage; raises Unavailable where there is no answer.
 
-    It is a handler of urllib.request, whose own closes the connection after each request: here one
-    connection is kept per host and proxy. No redirect is followed: there is no handler for them.
+    It handles http and https for urllib.request, which closes a connection after each request:
+    here one is kept per host and proxy. No redirect is followed: there is no handler for them.
     """
-    handler_order = 500
 
     def __init__(self, timeout=30, ca_cert=None, trace=None):
         self.timeout, self.ca_cert, self.trace = timeout, ca_cert, trace
         self.opener = self.context = self.watchdog = None
-        self.kept = {}                  # connections, by scheme, host and tunnel
-        self.dated = None, 0        # (Date of the last answer, our time then)
-
-    def add_parent(self, parent):
-        """Part of urllib's protocol for handlers, as is the order of handlers."""
-
-    def __lt__(self, other):
-        return self.handler_order < other.handler_order
+        self.kept = {}          # connections, by scheme, host and tunnel
+        self.clocks = None      # (the server's time, ours) at the last answer, if it told its time
 
     def close(self):
         while self.kept:
@@ -857,11 +850,6 @@ class Transport:
         if self.watchdog:
             self.watchdog.ended.set()
             self.watchdog = None
-
-    def clocks(self):
-        """(the server's time, ours) at the last answer; None where it told no time."""
-        theirs = http_date(self.dated[0])
-        return theirs and (theirs, self.dated[1])
 
     def make_context(self):
         import ssl
@@ -881,76 +869,94 @@ class Transport:
             context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
         return context
 
-    def connect(self, request, proxy_login):
+    def new_connection(self, request, proxy_login):
         import http.client
-        kind, more = http.client.HTTPConnection, {}
+        timeout = min(CONNECT, request.timeout)
         if request.type == "https":
             self.context = self.context or self.make_context()
-            kind, more = http.client.HTTPSConnection, {"context": self.context}
-        connection = kind(request.host, timeout=min(CONNECT, request.timeout), **more)
-        try:
-            if request._tunnel_host:
-                connection.set_tunnel(request._tunnel_host, headers={
-                    "Proxy-Authorization": proxy_login} if proxy_login else {})
-            connection.connect()
-            connection.sock.settimeout(request.timeout)
-        except BaseException:
-            connection.close()
-            raise
+            connection = http.client.HTTPSConnection(request.host, timeout=timeout,
+                                                     context=self.context)
+        else:
+            connection = http.client.HTTPConnection(request.host, timeout=timeout)
+        if request._tunnel_host:
+            connection.set_tunnel(request._tunnel_host, headers={
+                "Proxy-Authorization": proxy_login} if proxy_login else {})
         return connection
 
     def http_open(self, request):
-        """The response, for urllib.request; `request.stage` tells how far it came."""
+        """The Answer, for urllib.request; `request.stage` tells how far it came."""
         headers = dict(request.header_items())
         proxy_login = headers.pop("Proxy-authorization", None) if request._tunnel_host else None
         where = (request.type, request.host, request._tunnel_host)
         connection = self.kept.pop(where, None)
         request.stage = "kept" if connection else "connecting"
-        connection = connection or self.connect(request, proxy_login)
-        self.watchdog.watch(connection.sock)
-        if request.stage == "connecting":
-            request.stage = "sent"
+        connection = connection or self.new_connection(request, proxy_login)
         try:
+            if request.stage == "connecting":
+                connection.connect()
+                connection.sock.settimeout(request.timeout)
+                request.stage = "sent"
+            self.watchdog.sock = connection.sock
             try:
                 connection.request(request.get_method(), request.selector, request.content, headers)
             except (BrokenPipeError, ConnectionResetError):
                 if request.stage == "kept" or not request.content:
                     raise       # else a storage may have refused before it read it all: listen
-            response = connection.getresponse()
+            with connection.getresponse() as response:
+                request.stage = "sent"
+                answer = self.read(request, response)
         except BaseException:
             connection.close()
             raise
-        request.stage = "answered"
-        response.keep = lambda: self.kept.__setitem__(where, connection)
-        response.drop = connection.close
-        return response
+        if not response.will_close:
+            self.kept[where] = connection
+        return answer
 
-    https_open = http_open
+    def read(self, request, response):
+        """The Answer of a response; the request's sink takes the body of a 200, in blocks."""
+        url, status = request.full_url, response.status
+        if response.getheader("Content-Encoding", "identity").lower() != "identity":
+            raise not_the_api(url, status, "an encoding not asked for")
+        limit = ANSWER_LIMIT if status < 300 else ERROR_LIMIT
+        pieces, size, sink = [], 0, request.sink if status == 200 else None
+        # in blocks: before 3.12 read(n) takes n bytes of memory at once
+        for block in iter(lambda: response.read(BLOCK), b""):
+            size += len(block)
+            if not sink and size > limit:
+                raise not_the_api(url, status, f"more than {limit >> 10} KiB")
+            (sink or pieces.append)(block)
+        if response.length or self.watchdog.late:       # a cut body raises nothing
+            raise EOFError
+        theirs = http_date(response.getheader("Date"))
+        self.clocks = theirs and (theirs, time.time())
+        return Answer(status, response.headers, b"".join(pieces))
 
     def exchange(self, method, url, headers, content=None, budget=None, resend=True, sink=None):
         """The answer to one request. `content` is None, bytes, or a function that makes an
         iterator of it; `sink` takes the blocks of a 200's body. `budget`: seconds for all of it."""
         import urllib.request
         if self.opener is None:
+            ours = urllib.request.BaseHandler()
+            ours.http_open = ours.https_open = self.http_open
             self.opener = urllib.request.OpenerDirector()
             self.opener.add_handler(urllib.request.ProxyHandler())
-            self.opener.add_handler(self)
+            self.opener.add_handler(ours)
         self.watchdog = self.watchdog or Watchdog()
         for first in (True, False):
             request = urllib.request.Request(url, headers=headers, method=method)
             request.content = content() if callable(content) else content
-            request.stage, request.budget = "connecting", budget or 1.5 * self.timeout
+            request.stage, request.sink = "connecting", sink
+            request.budget = budget or 1.5 * self.timeout
             self.watchdog.start(request.budget)
             started, result = time.monotonic(), None
             try:
-                answer = self.receive(request, sink)
+                answer = self.opener.open(request, timeout=self.timeout)
                 result = answer.status
                 return answer
-            except Error as error:
-                result = type(error).__name__
-                raise
             except Exception as error:      # http.client, ssl and socket have no common ancestor
                 result = type(error).__name__
+                if isinstance(error, Error):
+                    raise
                 request.late = self.watchdog.late
                 stale = request.stage == "kept" and not request.late
                 if not (stale and resend and first):     # else the server had closed it meanwhile
@@ -963,31 +969,6 @@ class Transport:
                     self.trace(f"{method} {shown(shows)} {result} "
                                f"{(time.monotonic() - started) * 1000:.0f} ms")
 
-    def receive(self, request, sink):
-        response = self.opener.open(request, timeout=self.timeout)
-        try:
-            if response.getheader("Content-Encoding", "identity").lower() != "identity":
-                raise not_the_api(request.full_url, response.status, "an encoding not asked for")
-            limit = ANSWER_LIMIT if response.status < 300 else ERROR_LIMIT
-            pieces, size, sink = [], 0, sink if response.status == 200 else None
-            # in blocks: before 3.12 read(n) takes n bytes of memory at once
-            for block in iter(lambda: response.read(BLOCK), b""):
-                size += len(block)
-                if not sink and size > limit:
-                    raise not_the_api(request.full_url, response.status,
-                                      f"more than {limit >> 10} KiB")
-                (sink or pieces.append)(block)
-            if response.length or self.watchdog.late:       # a cut body raises nothing
-                raise EOFError
-            (response.drop if response.will_close else response.keep)()
-        except BaseException:
-            response.drop()
-            raise
-        finally:
-            response.close()
-        self.dated = response.getheader("Date"), time.time()
-        return Answer(response.status, response.headers, b"".join(pieces))
-
 
 class Watchdog:
     """Ends an exchange that takes too long: no time-out of a socket sees a slow drip."""
@@ -995,46 +976,36 @@ class Watchdog:
     def __init__(self):
         import threading
         self.until, self.sock, self.late, self.ended = math.inf, None, False, threading.Event()
-        thread = threading.Thread(target=self.run)
-        thread.daemon = True
-        thread.start()
+        threading.Thread(target=self.run, daemon=True).start()
 
     def start(self, seconds):
         self.sock, self.late, self.until = None, False, time.monotonic() + seconds
 
     def run(self):
+        import socket
         while not self.ended.wait(0.1):
             if time.monotonic() > self.until:
-                self.end()
-
-    def end(self):
-        import socket
-        self.late, self.until = True, math.inf
-        with contextlib.suppress(TypeError, OSError):       # not connected yet, or gone already
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
-    def watch(self, sock):
-        self.sock = sock
-        if self.late:
-            self.end()
+                self.late = True
+                with contextlib.suppress(TypeError, OSError):   # not connected yet, or gone already
+                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
 
 def http_date(text):
     """Seconds since 1970 of a date in a header, or None."""
     from email.utils import mktime_tz, parsedate_tz
-    parsed = parsedate_tz(text or "")
-    return mktime_tz(parsed) if parsed else None
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return mktime_tz(parsedate_tz(text))
 
 
 def lost(request, error, stale):
     """The Unavailable for an exchange that got no answer: what, why, what to do."""
     import socket
     from urllib.parse import urlsplit
-    parts, ssl, hint = urlsplit(request.full_url), sys.modules.get("ssl"), ""
-    sent, again = request.stage != "connecting", True
+    parts, sent, again = urlsplit(request.full_url), request.stage != "connecting", True
+    hint = "nothing was sent; run the same command again later"
     if request.late:
         why = f"no complete answer within {request.budget:.0f} s"
-    elif ssl and (isinstance(error, ssl.CertificateError) or "CERTIFICATE_VERIFY" in str(error)):
+    elif "CERTIFICATE_VERIFY" in str(error) or type(error).__name__ == "CertificateError":
         why = f"its certificate cannot be verified\n{getattr(error, 'verify_message', '') or error}"
         hint = ("--ca-cert FILE (or TOFUPILOT_CA_CERT) adds a private CA. This machine's clock\n"
                 f"says {time.strftime('%Y-%m-%d %H:%M')}: if that is wrong, set it first")
@@ -1052,9 +1023,8 @@ def lost(request, error, stale):
     if sent:
         found = Unavailable(f"no answer from {parts.netloc}: {why}", AGAIN)
     else:
-        found = Unavailable(
-            f"cannot reach {parts.netloc}: {why}\nproxy: {proxy_of(parts.scheme)}",
-            hint or "nothing was sent; run the same command again later")
+        proxy = proxy_of(parts.scheme)
+        found = Unavailable(f"cannot reach {parts.netloc}: {why}\nproxy: {proxy}", hint)
     found.sent, found.again, found.stale = sent, again, stale
     return found
 
@@ -1085,7 +1055,7 @@ def retry_after(answer):
     return wait and min(max(wait, 0), LONGEST_WAIT)
 
 
-def delay(tries, unit=1, asked=None):
+def delay(tries, unit, asked=None):
     """Seconds to wait after so many tries: random, so that many stations do not come at once."""
     import random
     if asked is not None:
@@ -1093,7 +1063,7 @@ def delay(tries, unit=1, asked=None):
     return random.uniform(0, min(LONGEST_WAIT, unit * 2 ** min(tries, 12)))
 
 
-def read_answer(answer, url, need=()):
+def read_answer(answer, url, need):
     """The JSON object of an answer, or the error that it tells. `need`: texts it must hold."""
     status, found = answer.status, None
     kind = (answer.headers.get("Content-Type") or "").split(";")[0].strip().lower()
@@ -1111,17 +1081,17 @@ def read_answer(answer, url, need=()):
     said = found.get("message") or found.get("error_description") or found.get("error")
     if not said and status < 500:
         raise not_the_api(url, status, f"an error of type {kind or 'unknown'}")
-    kind, hint = {401: (AccessDenied, "check the key, and that --url is the right server"),
-                  403: (AccessDenied, "a station key reaches the procedures linked to its station"),
-                  404: (NotFound, "")}.get(status) or (
-        (Unavailable, AGAIN)
-        if status in (408, 425, 429) or status >= 500
-        else (Refused, "correct the data; sending it again unchanged cannot work"))
+    kind, hint = {
+        401: (AccessDenied, "check the key, and that --url is the right server"),
+        403: (AccessDenied, "a station key reaches the procedures linked to its station"),
+        404: (NotFound, "")}.get(status) or (
+            Refused, "correct the data; sending it again unchanged cannot work")
+    if status in (408, 425, 429) or status >= 500:
+        kind, hint = Unavailable, AGAIN
     code = found.get("code") if isinstance(found.get("code"), str) else None
     error = kind(f"the server answered {status}: {shown(said or 'no reason', 500)}", hint, status,
                  code, [issue_text(issue) for issue in dicts(found.get("issues"))])
-    if kind is Unavailable:
-        error.retry_after = retry_after(answer)
+    error.retry_after = retry_after(answer)
     raise error
 
 
@@ -1373,7 +1343,7 @@ class Client:
         for rows, _ in self.pages(
                 serial_numbers=[body["serial_number"]], procedure_ids=[body["procedure_id"]],
                 started_after=around[0], started_before=around[1], include_metadata=True):
-            theirs, ours = self.transport.clocks() or (time.time(), time.time())
+            theirs, ours = self.transport.clocks or (time.time(), time.time())
             passed = ours - since
             earliest = theirs - passed - 600 if passed >= 0 else 0      # our clock was set back
             for row in rows:
@@ -3081,7 +3051,7 @@ def run_check(call):
         return f"{found.get('type')} {name} of {dig(found, 'organization.name')}"
 
     def clock():
-        theirs, ours = client.transport.clocks() or (0, 0)
+        theirs, ours = client.transport.clocks or (0, 0)
         off = round(ours - theirs)
         if abs(off) > 120:
             raise BadInput(f"{abs(off)} s {'ahead of' if off > 0 else 'behind'} the server",
