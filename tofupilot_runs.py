@@ -170,8 +170,7 @@ def load_json(data):
     """
     def number(text):
         value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text[:20]} is no number that JSON knows")
+        must(math.isfinite(value), f"{text[:20]} is no number that JSON knows")
         return value
     try:
         return json.loads(data, parse_float=number, parse_constant=number)
@@ -179,12 +178,14 @@ def load_json(data):
         raise ValueError("too many brackets inside each other") from None
 
 
-_PLAIN = json.JSONEncoder(allow_nan=False)      # made once: rows come by the hundred thousand
-
-
 def dump_json(value, indent=None):
     """JSON as text, ASCII only, so that no stream can fail on it."""
-    return json.dumps(value, indent=indent, allow_nan=False) if indent else _PLAIN.encode(value)
+    return json.dumps(value, indent=indent, allow_nan=False)
+
+
+def must(holds, why):
+    if not holds:
+        raise ValueError(why)
 
 
 def parse_time(text, now=None):
@@ -201,25 +202,21 @@ def parse_time(text, now=None):
     text = text.strip()
     past = re.fullmatch(r"(\d{1,9})([smhdw])|now", text.lower(), re.A)
     date = re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.A)
-    if past and not now:
-        raise ValueError(f"{text} would make each repetition another run: give the whole time")
-    if date and not now:
-        raise ValueError(f"give the time of day too, such as {text}T08:00:00Z")
+    must(now or not past, f"{text} would make each repetition another run: give the whole time")
+    must(now or not date, f"give the time of day too, such as {text}T08:00:00Z")
     if past:
         length = int(past.group(1) or 0) * _SECONDS[past.group(2) or "s"]
         return (now - datetime.timedelta(seconds=length)).isoformat(timespec="milliseconds")
     match = re.fullmatch(_TIME, text + "T00:00" if date else text)
-    if not match:
-        raise ValueError("not a time: use 2026-05-19T08:00:00Z, with any offset"
-                         + (", or 24h, or now" if now else ""))
+    must(match, "not a time: use 2026-05-19T08:00:00Z, with any offset"
+         + (", or 24h, or now" if now else ""))
     *parts, fraction, offset = match.groups("")
     local = datetime.datetime(*(int(part or 0) for part in parts))
     if not offset:
         offset = local.astimezone().isoformat()[19:25]
     elif offset not in "Zz":
         offset = offset[:3] + ":" + offset[-2:]
-        if offset[1:3] > "23" or offset[4:] > "59":
-            raise ValueError(f"{offset} is no offset")
+        must(offset[1:3] <= "23" and offset[4:] <= "59", f"{offset} is no offset")
     return local.isoformat() + fraction.replace(",", ".") + offset.upper()
 
 
@@ -261,10 +258,9 @@ def parse_duration(text):
     text = text.strip()
     if re.fullmatch(_ISO_DURATION, text.upper()):
         return text.upper()
-    if not re.fullmatch(r"(?:\d{1,9}(?:\.\d+)?[smhdw])+", text, re.A):
-        raise ValueError("not a duration: use 90s, 1h30m or PT1M30S")
-    total = sum(float(number) * _SECONDS[unit]
-                for number, unit in re.findall(r"([\d.]+)([smhdw])", text))
+    must(re.fullmatch(r"(?:\d{1,9}(?:\.\d+)?[smhdw])+", text, re.A),
+         "not a duration: use 90s, 1h30m or PT1M30S")
+    total = sum(float(part[:-1]) * _SECONDS[part[-1]] for part in re.findall(r"[\d.]+.", text))
     return "PT" + f"{total:.3f}".rstrip("0").rstrip(".") + "S"
 
 
@@ -335,18 +331,16 @@ def run_ref(body):
     >>> run_ref({"started_at": "2026-05-19T10:00:00+02:00"})[:16]
     'd5088dd6c3b9ff9c'
     """
-    def normal(fields, value):
+    def normal(value, field):
         if isinstance(value, list):
-            return [normal(fields, item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        known = {field.name: field for field in fields}
-        return {key: instant(item) if item and key in known and known[key].kind == "time"
-                else normal(known[key].fields if key in known else (), item)
-                for key, item in value.items()}
+            return [normal(item, field) for item in value]
+        if isinstance(value, dict):
+            known = {each.name: each for each in field.fields}
+            return {key: normal(item, known.get(key, _UNKNOWN)) for key, item in value.items()}
+        return instant(value) if value and field.kind == "time" else value
     content = {key: item for key, item in body.items() if key != "client_run_ref"}
-    text = json.dumps(normal(CREATE, content), sort_keys=True, separators=(",", ":"))
-    return digest([text.encode("ascii")])
+    content = normal(content, OPERATIONS["create"])
+    return digest([json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")])
 
 
 def digest(blocks):
@@ -365,8 +359,7 @@ def parse_word(text):
     """
     with contextlib.suppress(ValueError):
         value = load_json(text)
-        if isinstance(value, str) or not isinstance(value, (dict, list)) and (
-                dump_json(value) == text):
+        if isinstance(value, str) or dump_json(value) == text and text[0] not in "[{":
             return value
     return text
 
@@ -384,21 +377,16 @@ def dicts(value):
 
 
 def closest(word, known):
-    """The known word that was meant, or None. difflib misses some that are common."""
+    """The known word that was meant, or None: difflib finds it, but for these."""
     import difflib
-    usual = dict(pair.split("=") for pair in """list=ls delete=rm remove=rm show=get add=create
-        upload=create-attachment attach=create-attachment status=check --serial=--serial-number
-        --sn=--serial-number
-        --part=--part-number --batch=--batch-number --since=--started-after
-        --after=--started-after --before=--started-before --until=--started-before
-        --procedure=--procedure-id --station=--created-by-station-id --user=--created-by-user-id
-        --operator=--operated-by --key=--api-key-file --api-key=--api-key-file --sort=--sort-by
-        --output=--out --file=--attach --start=--started-at --end=--ended-at --host=--url
-        --server=--url""".split()).get(word, "")
-    for guess in (usual, usual + "s", usual + "-ids"):
-        if guess in known:
-            return guess
-    return next(iter(difflib.get_close_matches(word, known, 1, 0.6)), None)
+    usual = dict(pair.split("=") for pair in """delete=rm remove=rm show=get add=create
+        upload=create-attachment attach=create-attachment status=check --sn=--serial-number
+        --part=--part-number --batch=--batch-number --since=--started-after --after=--started-after
+        --before=--started-before --until=--started-before --station=--created-by-station-id
+        --user=--created-by-user-id --operator=--operated-by --key=--api-key-file --file=--attach
+        --host=--url --server=--url""".split()).get(word, "")
+    guesses = [usual, usual + "s", usual + "-ids"] + difflib.get_close_matches(word, known, 1)
+    return next((guess for guess in guesses if guess in known), None)
 
 
 # ---- fields --------------------------------------------------------------------------------------
@@ -413,8 +401,11 @@ Field = collections.namedtuple(
 Operation = collections.namedtuple("Operation", "method path fields answers")
 
 
-def _table(text, **nested):
-    """The Fields of a text; `nested` are those of its records."""
+_records = {}       # the Fields of the JSON objects inside a request, by the field that has them
+
+
+def _table(text):
+    """The Fields of a text."""
     fields, title = [], ""
     for row in text.replace(" / ", "\n").split("\n"):
         if row.endswith(":"):
@@ -423,7 +414,7 @@ def _table(text, **nested):
             spec, help, example = (row.split(" | ") + ["", ""])[:3]
             name, kind, *choices = spec.split()
             fields.append(Field(name, kind.rstrip("*!?"), "*" in kind, "!" in kind, "?" in kind,
-                                title, help, example, tuple(choices), nested.get(name, ())))
+                                title, help, example, tuple(choices), _records.get(name, ())))
     return tuple(fields)
 
 
@@ -475,30 +466,27 @@ order by (started_at if not given) | duration
   sort_order enum asc desc | direction (desc if not given) | asc
 """)
 
-_JUDGED = {"validators": _table(
-    "outcome enum? PASS FAIL UNSET / operator text? / expected_value any? / expression text? / "
-    "is_decisive boolean?")}
-_JUDGED["aggregations"] = _table(
-    "type text! / outcome enum? PASS FAIL UNSET / value scalar? / unit text? / validators record*?",
-    **_JUDGED)
-_AXIS = _table("data number*! / units text? / name text? / description text? / "
-               "validators record*? / aggregations record*?", **_JUDGED)
-_MEASUREMENT = _table(
-    "name text! / outcome enum! PASS FAIL UNSET / measured_value any? / units units? / "
-    "x_axis record? / y_axis record*? / lower_limit number / upper_limit number / "
-    "validators record*? / aggregations record*? / docstring text?",
-    x_axis=_AXIS, y_axis=_AXIS, **_JUDGED)
-_PHASE = _table(
-    "name text! / outcome enum! PASS FAIL SKIP ERROR / started_at time! / ended_at time! / "
-    "docstring text? / measurements record*? / retry_count count / sequence_path text?",
-    measurements=_MEASUREMENT)
-_SEQUENCE = _table(
-    "path text! / name text! / outcome enum! PASS FAIL ERROR TIMEOUT ABORTED SKIP / source text? / "
-    "started_at time? / ended_at time?")
-_LOG = _table("level enum! DEBUG INFO WARNING ERROR CRITICAL / timestamp time! / message text! / "
-              "source_file text! / line_number integer!")
-_VARIABLE = ("key text! / variable_id text? / version integer? / "
-             "source enum default shell dotenv process station procedure organization")
+for _line in """\
+validators: outcome enum? PASS FAIL UNSET / operator text? / expected_value any? / \
+expression text? / is_decisive boolean?
+aggregations: type text! / outcome enum? PASS FAIL UNSET / value scalar? / unit text? / \
+validators record*?
+x_axis y_axis: data number*! / units text? / name text? / description text? / \
+validators record*? / aggregations record*?
+measurements: name text! / outcome enum! PASS FAIL UNSET / measured_value any? / units units? / \
+x_axis record? / y_axis record*? / lower_limit number / upper_limit number / \
+validators record*? / aggregations record*? / docstring text?
+phases: name text! / outcome enum! PASS FAIL SKIP ERROR / started_at time! / ended_at time! / \
+docstring text? / measurements record*? / retry_count count / sequence_path text?
+sequences: path text! / name text! / outcome enum! PASS FAIL ERROR TIMEOUT ABORTED SKIP / \
+source text? / started_at time? / ended_at time?
+logs: level enum! DEBUG INFO WARNING ERROR CRITICAL / timestamp time! / message text! / \
+source_file text! / line_number integer!
+secrets: key text! / variable_id text? / version integer? / \
+source enum default shell dotenv process station procedure organization""".split("\n"):
+    _names, _, _rows = _line.partition(": ")
+    _records.update(dict.fromkeys(_names.split(), _table(_rows)))
+_records["config"] = _table("value scalar!") + _records["secrets"]
 
 CREATE = _table("""
 which run:
@@ -532,8 +520,7 @@ content:
 metadata:
   metadata metadata | JSON object, up to 50 keys | '{"shift":"A","temp":23.4}'
   unit_metadata metadata | the same, for the unit | @unit.json
-""", phases=_PHASE, sequences=_SEQUENCE, logs=_LOG, secrets=_table(_VARIABLE),
-                config=_table("value scalar! / " + _VARIABLE))
+""")
 
 OPERATIONS = {      # the last: texts that an answer must hold
     "list": Operation("GET", "/v2/runs", LIST, ()),
@@ -558,11 +545,6 @@ OPERATIONS = {      # the last: texts that an answer must hold
 def flag(name):
     """--serial-number for serial_number, -v for v."""
     return ("--" if len(name) > 1 else "-") + name.replace("_", "-")
-
-
-def must(holds, why):
-    if not holds:
-        raise ValueError(why)
 
 
 _TEXT = "text serial id identifier name enum time when duration".split()
