@@ -225,8 +225,7 @@ def moment(text):
     *parts, fraction, offset = re.fullmatch(_TIME, text).groups("")
     when = datetime.datetime(*(int(part or 0) for part in parts), tzinfo=_UTC)
     if offset not in "Zz":
-        minutes = int(offset[1:3]) * 60 + int(offset[-2:])
-        when -= datetime.timedelta(minutes=minutes if offset[0] == "+" else -minutes)
+        when -= datetime.timedelta(hours=int(offset[:3]), minutes=int(offset[0] + offset[-2:]))
     return when, fraction[1:].rstrip("0")
 
 
@@ -244,7 +243,7 @@ def epoch(text):
     """Seconds since 1970 of a time with offset, or None for anything else."""
     try:
         when, digits = moment(text)
-        return when.timestamp() + float(f"0.{digits or 0}")
+        return when.timestamp() + float("0." + digits)
     except (AttributeError, TypeError, ValueError, OverflowError):
         return None
 
@@ -568,13 +567,14 @@ def check_value(field, value):
     elif kind == "name":
         must(1 <= len(value) <= 255, "must have 1 to 255 characters")
     elif kind == "enum":
-        words = {word.lower(): word for word in field.choices}
-        meant = value.strip().lower() not in words and closest(value.lower(), list(words))
-        must(meant is False, f"{value[:60]!r} is not one of {' '.join(field.choices)}"
-             + (f"; did you mean {words[meant]}?" if meant else ""))
-        value = words[value.strip().lower()]
+        words, word = {choice.lower(): choice for choice in field.choices}, value.strip().lower()
+        if word not in words:
+            meant = closest(word, list(words))
+            raise ValueError(f"{value[:60]!r} is not one of {' '.join(field.choices)}"
+                             + (f"; did you mean {words[meant]}?" if meant else ""))
+        value = words[word]
     elif kind in ("time", "when"):
-        value = parse_time(value, datetime.datetime.now().astimezone() if kind == "when" else None)
+        value = parse_time(value, kind == "when" and datetime.datetime.now().astimezone())
     elif kind == "duration":
         value = parse_duration(value)
     elif kind in _BOUNDS:
@@ -602,7 +602,8 @@ def check_value(field, value):
     try:
         (value if isinstance(value, str) else dump_json(value)).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
-        must(False, "cannot be sent (NaN, Infinity, half a character or an object of Python)")
+        raise ValueError("cannot be sent (NaN, Infinity, half a character or an object of Python)"
+                         ) from None
     return value
 
 
@@ -618,32 +619,31 @@ def check_metadata(value):
         name = repr(key)[:60]
         must(isinstance(key, str) and len(key) <= 40 and re.fullmatch(_IDENTIFIER, key),
              f"key {name}: 1 to 40 letters, digits and _ . : + - only")
-        must(item is None or isinstance(item, (str, bool)) or is_number(item),
+        must(item is None or isinstance(item, (str, int, float)),
              f"{name}: must be text, a number, true or false")
         must(not isinstance(item, str) or len(item) <= 50000,
              f"{name}: is longer than 50,000 characters")
 
 
+_UNKNOWN, = _table("unknown any?")      # a newer server may know it: it is sent on
+
+
 def check_record(fields, value, path, problems):
     """A JSON object as the API takes it; what is wrong with it is added to problems."""
-    if not isinstance(value, dict):
-        problems.append(f"{path}: must be a JSON object")
-        return value
     prefix, known, wire = path and path + ".", {field.name: field for field in fields}, {}
     for key, item in value.items():
-        field = known.get(key) or _UNKNOWN      # a newer server may know it: it is sent on
-        name = f"{prefix}{key}"
+        field, name = known.get(key, _UNKNOWN), f"{prefix}{key}"
         if item is None and field.null:
             wire[key] = None
         elif item is None:
             problems.append(f"{name}: null is not allowed, leave it out")
-        elif field.many and not isinstance(item, list):
-            problems.append(f"{name}: must be a list")
-        elif field.many:
+        elif not field.many:
+            wire[key] = check_field(field, item, name, problems)
+        elif isinstance(item, list):
             wire[key] = [check_field(field, part, f"{name}[{number}]", problems)
                          for number, part in enumerate(item)]
         else:
-            wire[key] = check_field(field, item, name, problems)
+            problems.append(f"{name}: must be a list")
     problems += [f"{prefix}{name}: missing" for name, field in known.items()
                  if field.need and (name not in value or field.kind == "id" and not value[name])]
     start, end = epoch(wire.get("started_at")), epoch(wire.get("ended_at"))
@@ -652,14 +652,12 @@ def check_record(fields, value, path, problems):
     return wire
 
 
-_UNKNOWN, = _table("unknown any?")
-
-
 def check_field(field, value, path, problems):
-    if field.fields:
-        return check_record(field.fields, value, path, problems)
     try:
-        return check_value(field, value)
+        if not field.fields:
+            return check_value(field, value)
+        must(isinstance(value, dict), "must be a JSON object")
+        return check_record(field.fields, value, path, problems)
     except (ValueError, OverflowError, OSError) as error:
         problems.append(f"{path}: {error}")
         return value
@@ -696,9 +694,8 @@ def check(operation, values, flags=False):
     """
     known = {field.name: field for field in OPERATIONS[operation].fields}
     values = {key: plain(value) for key, value in values.items()}
-    for key, value in values.items():
-        if key in known and known[key].many and isinstance(value, str):
-            values[key] = [value]
+    values = {key: [value] if isinstance(value, str) and known.get(key, _UNKNOWN).many else value
+              for key, value in values.items()}
     problems = [f"{key}: there is no such field" for key in values
                 if key not in known and operation != "create"]
     wire = check_record(OPERATIONS[operation].fields, values, "", problems)
@@ -793,10 +790,9 @@ def find_login(url=None, api_key=None, source="api_key", allow_http=False, warn=
     named = url or os.environ.get("TOFUPILOT_URL")
     origin = parse_origin(named, allow_http, "--url" if url else "TOFUPILOT_URL") if named else None
     path, found = (None, {}) if api_key is not None and origin else read_credentials(warn)
-    theirs = None
-    if path and not origin or found.get("base_url"):
-        theirs = parse_origin(str(found.get("base_url")).rstrip("/"), allow_http,
-                              f"base_url in {path}")
+    theirs = found.get("base_url")
+    if theirs or path and not origin:
+        theirs = parse_origin(str(theirs).rstrip("/"), allow_http, f"base_url in {path}")
     if api_key is None and path:
         api_key, source = found["api_key"], path
     if api_key is not None:
