@@ -7,20 +7,10 @@ Nothing to install: copy this file to any machine that has Python 3.6 or newer a
     python3 tofupilot_runs.py --help
 
 As a module it has `Client` and the errors it raises. The rooms of this file, in the order in
-which a command flows; each uses only those above it:
-
-    identity      names and limits
-    errors        what a caller can do next decides the type, the type decides the exit status
-    values        text to what goes over the wire, and back to what people read
-    fields        the one table: every flag, request field, check and line of help
-    login         which server, which key
-    transport     one kept connection per host; is it the API speaking?
-    client        the operations of the API, retries, one run per create
-    attaching     the one way in which files reach a run
-    queue         runs that wait for the network: one SQLite file, its states and moves
-    output        tables, reports, JSON, CSV
-    commands      what each subcommand does; they return values, only main prints
-    command line  flags, help, and main
+which a command flows, each using only those above it: identity, errors (the type says what a
+caller can do next), values (text to wire and back), fields (one table of flags, requests, checks
+and help), login, transport (one kept connection per host; is it the API speaking?), client,
+attaching, queue (one SQLite file), output, commands (only main prints), command line.
 """
 f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
 
@@ -816,7 +806,7 @@ class Transport:
     here one is kept per host and proxy. No redirect is followed: there is no handler for them.
     """
 
-    def __init__(self, timeout=30, ca_cert=None, trace=None):
+    def __init__(self, timeout, ca_cert, trace):
         self.timeout, self.ca_cert, self.trace = timeout, ca_cert, trace
         self.opener = self.context = self.watchdog = None
         self.kept = {}          # connections, by scheme, host and tunnel
@@ -849,22 +839,21 @@ class Transport:
 
     def new_connection(self, request, proxy_login):
         import http.client
-        timeout = min(CONNECT, request.timeout)
         if request.type == "https":
             self.context = self.context or self.make_context()
-            connection = http.client.HTTPSConnection(request.host, timeout=timeout,
-                                                     context=self.context)
+            connection = http.client.HTTPSConnection(request.host, context=self.context)
         else:
-            connection = http.client.HTTPConnection(request.host, timeout=timeout)
+            connection = http.client.HTTPConnection(request.host)
+        connection.timeout = min(CONNECT, request.timeout)
         if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers={
-                "Proxy-Authorization": proxy_login} if proxy_login else {})
+            connection.set_tunnel(request._tunnel_host, headers=proxy_login)
         return connection
 
     def http_open(self, request):
         """The Answer, for urllib.request; `request.stage` tells how far it came."""
-        headers = dict(request.header_items())
-        proxy_login = headers.pop("Proxy-authorization", None) if request._tunnel_host else None
+        headers, proxy_login = dict(request.header_items()), {}
+        if request._tunnel_host and "Proxy-authorization" in headers:
+            proxy_login["Proxy-Authorization"] = headers.pop("Proxy-authorization")
         where = (request.type, request.host, request._tunnel_host)
         connection = self.kept.pop(where, None)
         request.stage = "kept" if connection else "connecting"
