@@ -262,9 +262,8 @@ def duration_text(iso):
     match = isinstance(iso, str) and re.fullmatch(_ISO_DURATION, iso)
     if not match or match.group(2) or match.group(3) or len(iso) > 40:
         return "" if iso is None else shown(iso)
-    weeks, _, _, days, hours, minutes, seconds = (
-        float(part.replace(",", ".")) for part in match.groups("0"))
-    return seconds_text(seconds + 60 * minutes + 3600 * hours + 86400 * (days + 7 * weeks))
+    return seconds_text(sum(float(part.replace(",", ".")) * size for part, size in zip(
+        match.groups("0"), (604800, 0, 0, 86400, 3600, 60, 1))))
 
 
 def seconds_text(total):
@@ -512,22 +511,21 @@ metadata:
 """)
 
 OPERATIONS = {      # the last: texts that an answer must hold
-    "list": Operation("GET", "/v2/runs", LIST, ()),
-    "get": Operation("GET", "/v2/runs/{id}", ID, ("id",)),
-    "create": Operation("POST", "/v2/runs", CREATE, ("id",)),
+    "list": Operation("GET", "/v2/runs", LIST, ""),
+    "get": Operation("GET", "/v2/runs/{id}", ID, "id"),
+    "create": Operation("POST", "/v2/runs", CREATE, "id"),
     "update": Operation("PATCH", "/v2/runs/{id}", ID + _table(
-        "files: / attachments id* | IDs of uploads to link | att_1 att_2"), ("id",)),
+        "files: / attachments id* | IDs of uploads to link | att_1 att_2"), "id"),
     "update_metadata": Operation("PATCH", "/v2/runs/{id}/metadata", ID + _table(
         """metadata: / metadata metadata | JSON object; null deletes a key \
-| '{"shift":"A","lot":null}'"""), ("id",)),
-    "create_attachment": Operation("POST", "/v2/runs/{id}/attachments", ID + NAME,
-                                   ("id", "upload_url")),
+| '{"shift":"A","lot":null}'"""), "id"),
+    "create_attachment": Operation("POST", "/v2/runs/{id}/attachments", ID + NAME, "id upload_url"),
     "delete": Operation("DELETE", "/v2/runs", _table(
-        "which runs: / ids id*! | run IDs, or @FILE or - with one a line | run_a run_b"), ()),
-    "initialize": Operation("POST", "/v2/attachments", NAME, ("id", "upload_url")),
+        "which runs: / ids id*! | run IDs, or @FILE or - with one a line | run_a run_b"), ""),
+    "initialize": Operation("POST", "/v2/attachments", NAME, "id upload_url"),
     "finalize": Operation("POST", "/v2/attachments/{id}/finalize", _table(
-        "which upload: / id id! | the upload's ID | att_1"), ("url",)),
-    "whoami": Operation("GET", "/v2/whoami", (), ()),
+        "which upload: / id id! | the upload's ID | att_1"), "url"),
+    "whoami": Operation("GET", "/v2/whoami", (), ""),
 }
 
 
@@ -778,8 +776,8 @@ def find_login(url=None, api_key=None, source="api_key", allow_http=False, warn=
     if api_key is None and os.environ.get("TOFUPILOT_API_KEY"):
         api_key, source = os.environ["TOFUPILOT_API_KEY"], "environment TOFUPILOT_API_KEY"
     named = url or os.environ.get("TOFUPILOT_URL")
-    origin = parse_origin(named, allow_http, "--url" if url else "TOFUPILOT_URL") if named else None
-    path, found = (None, {}) if api_key is not None and origin else read_credentials(warn)
+    origin = named and parse_origin(named, allow_http, "--url" if url else "TOFUPILOT_URL")
+    path, found = read_credentials(warn) if api_key is None or not origin else (None, {})
     theirs = found.get("base_url")
     if theirs or path and not origin:
         theirs = parse_origin(str(theirs).rstrip("/"), allow_http, f"base_url in {path}")
@@ -930,11 +928,12 @@ class Transport:
                     raise lost(request, error, stale) from None
             finally:
                 self.watchdog.until = math.inf
-                getattr(request.content, "close", lambda: None)()
+                if callable(content):
+                    request.content.close()
                 if self.trace:
-                    shows = url if url.split("?")[0].endswith("/v2/runs") else url.split("?")[0]
-                    self.trace(f"{method} {shown(shows)} {result} "
-                               f"{(time.monotonic() - started) * 1000:.0f} ms")
+                    path, took = url.split("?")[0], 1000 * (time.monotonic() - started)
+                    shows = shown(url if path.endswith("/v2/runs") else path)
+                    self.trace(f"{method} {shows} {result} {took:.0f} ms")
 
 
 class Watchdog:
@@ -968,7 +967,7 @@ def lost(request, error, stale):
     """The Unavailable for an exchange that got no answer: what, why, what to do."""
     import socket
     from urllib.parse import urlsplit
-    parts, sent, again = urlsplit(request.full_url), request.stage != "connecting", True
+    parts, again = urlsplit(request.full_url), True
     hint = "nothing was sent; run the same command again later"
     if request.late:
         why = f"no complete answer within {request.budget:.0f} s"
@@ -987,12 +986,12 @@ def lost(request, error, stale):
         why = "the answer was cut short"
     else:
         why = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
-    if sent:
-        found = Unavailable(f"no answer from {parts.netloc}: {why}", AGAIN)
-    else:
+    found = Unavailable(f"no answer from {parts.netloc}: {why}", AGAIN)
+    if request.stage == "connecting":
         proxy = proxy_of(parts.scheme)
         found = Unavailable(f"cannot reach {parts.netloc}: {why}\nproxy: {proxy}", hint)
-    found.sent, found.again, found.stale = sent, again, stale
+        found.sent = False
+    found.again, found.stale = again, stale
     return found
 
 
@@ -1041,7 +1040,7 @@ def read_answer(answer, url, need):
             found = load_json(answer.data)
     found = found if isinstance(found, dict) else {}
     if status < 300:
-        if found and all(isinstance(found.get(key), str) and found[key] for key in need):
+        if found and all(isinstance(found.get(key), str) and found[key] for key in need.split()):
             return found
         said = answer.data[:60].decode("utf-8", "replace")
         raise not_the_api(url, status, f"{kind or 'no type'}, {said!r}" if said else "empty")
