@@ -710,9 +710,8 @@ Login = collections.namedtuple("Login", "url key source slug")
 
 def home():
     """The TofuPilot folder: TOFUPILOT_HOME, else ~/.tofupilot (on Windows below USERPROFILE)."""
-    user = os.environ.get("USERPROFILE") if os.name == "nt" else None
-    return (os.environ.get("TOFUPILOT_HOME")
-            or os.path.join(user or os.path.expanduser("~"), ".tofupilot"))
+    user = os.name == "nt" and os.environ.get("USERPROFILE") or os.path.expanduser("~")
+    return os.environ.get("TOFUPILOT_HOME") or os.path.join(user, ".tofupilot")
 
 
 def check_url(raw, allow_http, what):
