@@ -535,8 +535,8 @@ def flag(name):
 
 
 _TEXT = "text serial id identifier name enum time when duration".split()
-_BOUNDS = {"integer": (-math.inf, math.inf), "count": (0, math.inf), "limit": (1, math.inf),
-           "page": (1, 100)}
+_BOUNDS = {"integer": (-math.inf, math.inf, ""), "count": (0, math.inf, "must be 0 or more"),
+           "limit": (1, math.inf, "must be 1 or more"), "page": (1, 100, "must be 1 to 100")}
 
 
 def check_value(field, value):
@@ -569,9 +569,8 @@ def check_value(field, value):
         if isinstance(value, str) and re.fullmatch("-?[0-9]{1,15}", value.strip()):
             value = int(value)
         must(isinstance(value, int) and not isinstance(value, bool), "must be a whole number")
-        least, most = _BOUNDS[kind]
-        must(least <= value <= most,
-             f"must be {least} " + ("or more" if most == math.inf else f"to {most}"))
+        least, most, why = _BOUNDS[kind]
+        must(least <= value <= most, why)
     elif kind == "seconds":
         must(re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value), "must be a number above 0")
         value = float(value)
@@ -590,8 +589,7 @@ def check_value(field, value):
     try:
         (value if isinstance(value, str) else dump_json(value)).encode("utf-8")
     except (TypeError, ValueError, RecursionError):
-        raise ValueError("cannot be sent (NaN, Infinity, half a character or an object of Python)"
-                         ) from None
+        must(False, "cannot be sent (NaN, Infinity, half a character or an object of Python)")
     return value
 
 
