@@ -2098,13 +2098,18 @@ def move(queue, path):
 
 class Result:
     """What a command gives to main: a JSON document, lines for people (or a function of the Screen
-    that gives them), rows, IDs, exit status. `pages` (ls) are (rows, meta) as they arrive."""
+    that gives them), rows, exit status. `pages` (ls) are (rows, meta) as they arrive.
 
-    def __init__(self, document=None, lines=None, rows=None, ids=(), pages=None, columns=(),
+    `ids`: what -q prints, if that is not the id of each row.
+    """
+    error = None        # what is told after all else is written
+
+    def __init__(self, document=None, lines=None, rows=None, ids=None, pages=None, columns=None,
                  status=0):
-        self.document, self.lines, self.ids, self.pages = document, lines, ids, pages
-        self.error = None       # what is told after all else is written
-        self.rows, self.columns, self.status = [document] if rows is None else rows, columns, status
+        rows = [document] if rows is None else rows
+        self.document, self.lines, self.ids, self.status = document, lines, ids, status
+        self.pages = pages or [(rows, None)]
+        self.columns = columns or [(key, key) for key in (rows or [{}])[0]]
 
 
 RUN_COLUMNS = (("ID", "id"), ("OUTCOME", "outcome"), ("SERIAL", "unit.serial_number"),
@@ -2129,29 +2134,29 @@ class Screen:
 
     def __init__(self, stream, format="table", columns=None, quiet=False):
         self.stream, self.format, self.quiet = stream, format, quiet
-        self.columns = [(path, path) for path in columns or ()]
+        self.columns = [(path.strip(), path.strip()) for path in (columns or "").split(",")
+                        if columns]
         self.tty = isatty(stream)
         self.width = terminal_width() if self.tty else 0
         self.colour = (self.tty and not os.environ.get("NO_COLOR")
                        and os.environ.get("TERM") != "dumb" and console_takes_colour())
 
     def write(self, result):
-        put, pages = self.stream.write, result.pages
+        put, lines = self.stream.write, result.lines
         if self.quiet:
-            for rows, _ in pages or [([{"id": id} for id in result.ids], None)]:
-                put("".join(f"{shown(row.get('id'))}\n" for row in rows))
+            for rows, _ in result.pages:
+                ids = [row.get("id") for row in rows] if result.ids is None else result.ids
+                put("".join(f"{shown(id)}\n" for id in ids))
                 self.stream.flush()
+        elif self.format == "json" and result.document is None:
+            self.write_pages(result.pages)
         elif self.format == "json":
-            if pages:
-                self.write_pages(pages)
-            else:
-                put(dump_json(result.document, 2) + "\n")
-        elif self.format == "table" and result.lines is not None and not self.columns:
-            lines = result.lines(self) if callable(result.lines) else result.lines
+            put(dump_json(result.document, 2) + "\n")
+        elif self.format == "table" and lines is not None and not self.columns:
+            lines = lines(self) if callable(lines) else map(shown, lines)
             put("".join(f"{line}\n" for line in lines))
         else:
-            columns = result.columns or [(key, key) for key in (result.rows or [{}])[0]]
-            self.write_rows(pages or [(result.rows, None)], columns)
+            self.write_rows(result.pages, self.columns or result.columns)
         self.stream.flush()
 
     def write_pages(self, pages):
@@ -2171,8 +2176,7 @@ class Screen:
             self.stream.write(f'\n], "meta": {dump_json(meta)}}}\n')
 
     def write_rows(self, pages, columns):
-        columns, keep = self.columns or columns, None
-        paths = [path for _, path in columns]
+        put, paths, titles = self.stream.write, [path for _, path in columns], True
         if self.format == "csv":
             import csv
             paths = CSV_COLUMNS if columns is RUN_COLUMNS else paths
@@ -2180,24 +2184,20 @@ class Screen:
             writer.writerow(map(csv_text, paths))
         for rows, _ in pages:
             if self.format == "jsonl":
-                self.stream.write("".join(dump_json(
-                    {path: dig(row, path) for _, path in self.columns} or row) + "\n"
-                    for row in rows))
+                put("".join(dump_json({path: dig(row, path) for _, path in self.columns} or row)
+                            + "\n" for row in rows))
             elif self.format == "csv":
                 writer.writerows([csv_text(dig(row, path)) for path in paths] for row in rows)
             else:
                 table = [[cell(dig(row, path), path, self.tty) for path in paths] for row in rows]
-                if keep is None:
-                    titles = [title for title, _ in columns]
-                    keep, widths = fit([titles] + table, columns, self.width)
-                    table.insert(0, titles)
+                if titles:
+                    table.insert(0, [title for title, _ in columns])
+                    titles, kept = False, self.tty and fit(table, columns, self.width)
                 for line in table:
-                    line = [line[i] for i in keep]
                     if self.tty:
-                        line = [cut(text, width) for text, width in zip(line, widths)]
+                        line = [cut(line[i], width) for i, width in kept]
                         line[-1] = line[-1].rstrip()
-                    self.stream.write(("  " if self.tty else "\t").join(
-                        map(self.paint, line)) + "\n")
+                    put(("  " if self.tty else "\t").join(map(self.paint, line)) + "\n")
             self.stream.flush()
 
     def paint(self, text):
@@ -2243,28 +2243,26 @@ def cut(text, width):
 
 
 def fit(lines, columns, width):
-    """(columns kept, their widths) of a table; IDs, outcomes and times are never cut.
+    """[(number of a column, its width)] of a table on a terminal; IDs, outcomes, times stay whole.
 
-    In `width` columns of a terminal (0: no limit) the others share what is left, 8 at least; then
-    the procedure goes, the time, the serial number; a custom table loses its last columns.
+    The others share what is left, 8 at least; then the procedure goes, the time, the serial
+    number; a custom table loses its last columns.
     """
-    need = [max(cells(line[i]) for line in lines) for i in range(len(columns))]
-    paths, keep = [path for _, path in columns], list(range(len(columns)))
-    drop = [paths.index(path) for path in ("procedure.name", "started_at", "unit.serial_number")
-            if columns is RUN_COLUMNS] or keep[:0:-1]
-    soft = [i for i in keep if not paths[i].endswith(("outcome", "id", "_at", "_ref"))]
-    while width:
-        free = width - 1 - 2 * (len(keep) - 1) - sum(need[i] for i in keep if i not in soft)
-        shares = sorted((i for i in keep if i in soft), key=lambda i: need[i])
+    need, keep = [max(map(cells, texts)) for texts in zip(*lines)], list(range(len(columns)))
+    drop = [3, 4, 2] if columns is RUN_COLUMNS else keep[:0:-1]
+    hard = [i for i in keep if columns[i][1].endswith(("outcome", "id", "_at", "_ref"))]
+    while True:
+        free = width - 1 - 2 * (len(keep) - 1) - sum(need[i] for i in keep if i in hard)
+        shares = sorted((i for i in keep if i not in hard), key=need.__getitem__)
         if sum(min(need[i], 8) for i in shares) <= free or not drop:
-            for number, i in enumerate(shares):       # the short ones first
-                need[i] = max(4, min(need[i], free // (len(shares) - number)))
-                free -= need[i]
             break
         keep.remove(drop.pop(0))
+    for number, i in enumerate(shares):       # the short ones first
+        need[i] = max(4, min(need[i], free // (len(shares) - number)))
+        free -= need[i]
     if len(keep) == 2 and columns is RUN_COLUMNS:
         keep.reverse()
-    return keep, [need[i] for i in keep]
+    return [(i, need[i]) for i in keep]
 
 
 def cell(value, path, tty):
@@ -2280,9 +2278,8 @@ def cell(value, path, tty):
 
 def ago(seconds):
     """2m ago, 3h ago; in 5m for what is to come."""
-    size, unit = next((size, unit) for size, unit in (
-        (86400, "d"), (3600, "h"), (60, "m"), (1, "s")) if abs(seconds) >= 2 * size or size == 1)
-    text = f"{int(abs(seconds) // size)}{unit}"
+    unit = next((unit for unit in "dhm" if abs(seconds) >= 2 * _SECONDS[unit]), "s")
+    text = f"{int(abs(seconds) // _SECONDS[unit])}{unit}"
     return f"{text} ago" if seconds >= 0 else f"in {text}"
 
 
@@ -2294,12 +2291,13 @@ def csv_text(value):
     """
     if not isinstance(value, str):
         return "" if value is None else dump_json(value)
+    text = shown(value, keep="\t\n")
     if re.match("[\t\r\n]|\\s*[-=+@\uff1d\uff0b\uff0d\uff20]", value):
         try:
             float(value)
         except ValueError:
-            return "'" + shown(value, keep="\t\n")
-    return shown(value, keep="\t\n")
+            text = "'" + text
+    return text
 
 
 def report(run, screen, link, failed_only, logs):
@@ -2308,10 +2306,10 @@ def report(run, screen, link, failed_only, logs):
         value = dig(run, path)
         return "" if value in (None, "") else before + shown(value)
 
-    def when(path):
-        at = epoch(dig(run, path))
+    def when(name):
+        at = epoch(run.get(name))
         if at is None or not screen.tty:
-            return text(path) if at is None else instant(dig(run, path))
+            return text(name) if at is None else instant(run[name])
         local = datetime.datetime.fromtimestamp(at, _UTC).astimezone().isoformat(" ", "seconds")
         return f"{local[:19]} {local[19:]} ({ago(time.time() - at)})"
     yield "  ".join(filter(None, [
@@ -2331,8 +2329,7 @@ def report(run, screen, link, failed_only, logs):
             ("Slot", text("slot_name") or text("slot_key")), ("Started", when("started_at")),
             ("Ended", when("ended_at")), ("Uploaded", when("created_at")),
             ("Note", text("docstring")), ("Metadata", "  ".join(
-                f"{shown(key)}={shown(value)}" for key, value in metadata.items())),
-            ("Link", link)):
+                f"{shown(key)}={shown(item)}" for key, item in metadata.items())), ("Link", link)):
         if value:
             yield f"{title:<10} {value}"
     yield from phase_lines(dicts(run.get("phases")), screen, failed_only)
@@ -2343,9 +2340,8 @@ def report(run, screen, link, failed_only, logs):
              for row in dicts(run.get("sub_units"))]
     yield from section(f"SUB-UNITS    {len(lines)}", lines)
     rows = dicts(run.get("logs"))
-    lines = ["{timestamp}  {level:<8}  {message}  ({source_file}:{line_number})".format(
-        **{key: shown(row.get(key)) for key in ("timestamp", "level", "message", "source_file",
-                                                "line_number")}) for row in rows]
+    lines = ["{}  {:<8}  {}  ({}:{})".format(*[shown(row.get(key)) for key in (
+        "timestamp", "level", "message", "source_file", "line_number")]) for row in rows]
     yield from section("LOGS         " + tally(rows, "level")
                        + ("" if logs else "      (show them: --logs)"), lines, logs)
 
@@ -2372,7 +2368,7 @@ def phase_lines(phases, screen, failed_only):
         name += f"  (attempt {retry + 1})" if retry and is_number(retry) else ""
         lines.append(f"{paint(cut(shown(phase.get('outcome')), 5))} {cut(name, room)}"
                      f"{duration_text(phase.get('duration')):>9}".rstrip())
-        width = min(28, max([cells(shown(row.get("name"))) for row in rows] or [0]))
+        width = min(28, max([cells(shown(row.get("name"))) for row in rows], default=0))
         for row in rows:
             lines += measurement_lines(row, paint, width)
     return section("PHASES  " + tally(phases, "outcome"), lines)
@@ -2435,14 +2431,13 @@ def summary(runs):
         row["units"] += 1
         row["passed"] += ever
         row["passed_first"] += first[1]
+        row["yield"] = row["passed"] / row["units"]
+        row["first_pass_yield"] = row["passed_first"] / row["units"]
     total = sum(outcomes.values())
     lines = [f"{total} runs"]
     for outcome, count in outcomes.most_common():
         part = count / total
         lines.append(f"  {outcome:<8} {count:>7}  {100 * part:5.1f} %  {'#' * round(40 * part)}")
-    for row in rows.values():
-        row["yield"] = row["passed"] / row["units"]
-        row["first_pass_yield"] = row["passed_first"] / row["units"]
     lines += section("YIELD", ["PROCEDURE                   UNITS   YIELD  FIRST PASS"] + [
         f"{cut(row['procedure'], 26)} {row['units']:>6} {row['yield']:7.1%} "
         f"{row['first_pass_yield']:10.1%}" for row in rows.values()])
@@ -2467,23 +2462,26 @@ class Call:
 
     def get(self, name):
         """The checked value of a flag that is not part of a request, or None."""
-        value, field, problems = self.flags.get(name), self.fields.get(name), []
-        if value is not None and field.kind != "flag":
-            value = [check_field(field, item, flag(name), problems)
-                     for item in (value if field.many else [value])]
-            if problems:
-                raise BadInput(problems[0])
-            value = value if field.many else value[0]
-        return value
+        value, field = self.flags.get(name), self.fields.get(name)
+        if value is None or field.kind == "flag":
+            return value
+        try:
+            if field.many:
+                return [check_value(field, item) for item in value]
+            return check_value(field, value)
+        except ValueError as error:
+            raise BadInput(f"{flag(name)}: {error}") from None
 
     def read(self, word, name):
-        """The bytes of @FILE, or of - (stdin), which stands once in a command."""
-        if word == "-" and self.stdin:
-            raise BadInput(f"- (stdin) stands twice: {flag(self.stdin)}, {flag(name)}",
-                           "put one of them into a file: @FILE")
+        """The bytes of @FILE, or of - (stdin), which stands once in a command; else the word."""
         if word == "-":
+            if self.stdin:
+                raise BadInput(f"- (stdin) stands twice: {flag(self.stdin)}, {flag(name)}",
+                               "put one of them into a file: @FILE")
             self.stdin = name
             return sys.stdin.buffer.read() if sys.stdin else b""
+        if not word.startswith("@"):
+            return word
         try:
             with open(local_path(word[1:]), "rb") as file:
                 return file.read()
@@ -2493,19 +2491,21 @@ class Call:
 
     def read_json(self, name):
         """The JSON of a flag: text, @FILE or -."""
-        word = self.flags.get(name)
-        data = self.read(word, name) if word == "-" or word.startswith("@") else word
+        word = self.flags[name]
+        data = self.read(word, name)
         try:
             return load_json(data)
         except ValueError as error:
-            got = shown(data, 60) if isinstance(data, str) else f"{len(data)} bytes of {word}"
-            if isinstance(data, str) and data[:1] in ("{", "[") and '"' not in data:
-                got += "     (the shell removed the double quotes)"
+            got = f"{len(data)} bytes of {word}"
             hint = f"put the JSON in a file: {flag(name)} @FILE"
             if name == "metadata" and "set" in self.fields:
                 hint = "--set key=value, or " + hint
-            if isinstance(data, str) and os.path.exists(local_path(data)):
-                hint = f"{flag(name)} @{data} reads the file"
+            if data is word:
+                got = shown(word, 60)
+                if word[:1] in ("{", "[") and '"' not in word:
+                    got += "     (the shell removed the double quotes)"
+                if os.path.exists(local_path(word)):
+                    hint = f"{flag(name)} @{word} reads the file"
             raise BadInput(f"{flag(name)} is not JSON: {error}\n  got: {got}", hint) from None
 
     def values(self, operation, start=()):
@@ -2513,18 +2513,20 @@ class Call:
         values = dict(start)
         for field in OPERATIONS[operation].fields:
             value = self.flags.get(field.name)
-            if value is not None and field.kind in ("record", "metadata", "object"):
+            if value is None:
+                continue
+            if field.kind in ("record", "metadata", "object"):
                 value = self.read_json(field.name)
             elif field.many and field.kind in ("id", "serial"):
-                value = value and [line.strip() for word in value for line in (
-                    self.read(word, field.name).decode("utf-8-sig", "replace").splitlines()
-                    if word == "-" or word.startswith("@") else [word])
-                    if line.strip() or line is word]
-                if value == []:     # an empty filter would mean everything
+                words, value = value, []
+                for word in words:
+                    data = self.read(word, field.name)
+                    value += [word.strip()] if data is word else filter(None, map(
+                        str.strip, data.decode("utf-8-sig", "replace").splitlines()))
+                if not value:       # an empty filter would mean everything
                     raise BadInput(f"{flag(field.name)}: there is no value in it",
                                    "give one at least")
-            if value is not None:
-                values[field.name] = value
+            values[field.name] = value
         for word in self.flags.get("set") or ():
             key, equals, text = word.partition("=")
             if not (key and equals and isinstance(values.setdefault("metadata", {}), dict)):
@@ -2576,7 +2578,7 @@ class Call:
     def live(self, text, last):
         """A line on a terminal that is written over, once a command takes more than 2 s."""
         self.began = self.began or time.monotonic()
-        if text and time.monotonic() - self.began > 2 and isatty(sys.stderr) and not self.silent:
+        if time.monotonic() - self.began > 2 and isatty(sys.stderr) and not self.silent:
             sys.stderr.write(f"\r{text}  " + "\n" * last)
             sys.stderr.flush()
 
@@ -2614,10 +2616,10 @@ def run_ls(call):
             call.note("no run matches")
         if meta.get("has_more") and not whole:
             call.note(f"{count} shown, more exist: --all, or --cursor {meta['next_cursor']}")
-    if call.get("summary"):
-        document, lines = summary(row for rows, _ in all_pages() for row in rows)
-        return Result(document, lines, rows=document["procedures"])
-    return Result(pages=all_pages(), columns=RUN_COLUMNS)
+    if not call.get("summary"):
+        return Result(pages=all_pages(), columns=RUN_COLUMNS)
+    document, lines = summary(row for rows, _ in all_pages() for row in rows)
+    return Result(document, lines, document["procedures"], ids=())
 
 
 def run_get(call):
@@ -2634,7 +2636,7 @@ def run_get(call):
                           call.get("failed_only"), call.get("logs"))
         yield from section("SAVED", saved)
     status = 10 if call.get("exit_status") and run.get("outcome") != "PASS" else 0
-    return Result(run, lines, ids=[run.get("id")], columns=RUN_COLUMNS, status=status)
+    return Result(run, lines, columns=RUN_COLUMNS, status=status)
 
 
 def run_link(client, procedure_id, run_id):
@@ -2669,19 +2671,18 @@ def run_create(call):
 
 
 def create_now(call, body, files):
-    client, new = call.client(), []
+    client = call.client()
     try:
         run_id = client.send_create(body)["id"]
     except Unavailable as error:
         if not error.sent:
             error.hint += "\nto keep runs meanwhile, add --queue FILE"
         raise
-    document = {"id": run_id}
+    document, lines = {"id": run_id}, created_lines(call, body, run_id)
     if files:
-        new = attach_all(call, client, run_id, files)
+        lines += ["  " + line for line in attach_all(call, client, run_id, files)]
         document["attachments"] = [{"id": file.upload_id, "name": file.name} for file in files]
-    return Result(document, created_lines(call, body, run_id) + [
-        "  " + line for line in file_lines(files, new)], ids=[run_id])
+    return Result(document, lines)
 
 
 def created_lines(call, body, run_id):
@@ -2691,32 +2692,29 @@ def created_lines(call, body, run_id):
             phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
             seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]
     lines = ["  ".join(filter(None, told)), run_link(call.client(), body["procedure_id"], run_id)]
-    return [f"Created run {shown(run_id)}"] + ["  " + line for line in lines if line]
-
-
-def file_lines(files, new):
-    return [f"{'Attached' if file in new else 'Already there:'} {shown(file.name)}  "
-            f"{size_text(file.size)}  {shown(file.upload_id)}" for file in files]
+    return [f"Created run {run_id}"] + ["  " + line for line in lines if line]
 
 
 def attach_all(call, client, run_id, files):
-    """Attaches to a run that exists; an error says what is stored and what is not."""
+    """Attaches to a run that exists: a line for each file; an error says what is stored."""
     try:
-        return attach(client, run_id, files, call.progress)
+        new = attach(client, run_id, files, call.progress)
     except Error as error:
         left = [file.name for file in files if not file.done] or [file.name for file in files]
         error.message = (f"run {run_id} is stored, {len(left)} of {len(files)} attachments not: "
                          f"{', '.join(left)}\n{error.message}")
         error.hint, error.id = "run the same command again; only what is missing goes up", run_id
         raise
+    return [f"{'Attached' if file in new else 'Already there:'} {file.name}  "
+            f"{size_text(file.size)}  {file.upload_id}" for file in files]
 
 
 def create_queued(call, body, files):
     """Stores a run, then sends it and older ones for ten seconds at most."""
-    path, origin, problem = queue_path(call), None, []
+    path, origin, problem, offline = queue_path(call), None, [], call.get("offline")
     with contextlib.ExitStack() as stack:
         try:
-            if not call.get("offline"):
+            if not offline:
                 with contextlib.suppress(Error):        # it is told when it is sent
                     origin = call.client().login.url
             # open to the end: to close it would drop the locks of the thread's connection
@@ -2725,7 +2723,7 @@ def create_queued(call, body, files):
         except Unavailable as error:
             return create_unqueued(call, body, files, error)
         call.durable = True
-        if not call.get("offline") and entry["state"] == "waiting":
+        if not offline and entry["state"] == "waiting":
             within(10, lambda: send_queued(call, path, problem))
         entry, meta = queue.find(entry["ref"]), queue.meta()
         waits = [row["stored_at"] for row in queue.entries("state = 'waiting'")]
@@ -2736,11 +2734,11 @@ def create_queued(call, body, files):
     document = {"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"]}
     if run_id:
         return Result(document, created_lines(call, body, run_id) + [
-            f"  Attached {shown(file.name)}  {size_text(file.size)}" for file in files],
-            ids=[run_id])
+            f"  Attached {file.name}  {size_text(file.size)}" for file in files])
     why = entry["error"] or "".join(problem[:1])
     return Result(document, [f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; "
-                             f"{meta['waiting']} wait"] + ["  " + shown(why, 300)] * bool(why))
+                             f"{meta['waiting']} wait"] + ["  " + shown(why, 300)] * bool(why),
+                  ids=())
 
 
 def create_unqueued(call, body, files, error):
@@ -2781,7 +2779,11 @@ def queue_path(call):
             or os.path.join(home(), "runs.queue"))
 
 
-def the_queue(call):
+def the_queue(call, changes=False):
+    """The queue that a command works on; `changes`: without a request, so no --dry-run of it."""
+    if changes and call.get("dry_run"):
+        raise BadInput("--dry-run: this command sends no request, it changes the queue",
+                       "queue ls shows what is in it")
     return Queue(queue_path(call), must_exist=True)
 
 
@@ -2795,8 +2797,8 @@ def entry_json(entry, files):
     found = {name: entry[name] for name in ("state", "outcome", "serial_number", "procedure_id",
                                             "stored_at", "tries", "next_try_at", "error", "run_id")}
     for name in ("stored_at", "next_try_at"):
-        at = found[name] and datetime.datetime.fromtimestamp(found[name], _UTC)
-        found[name] = at.isoformat()[:19] + "Z" if at else None
+        at = datetime.datetime.fromtimestamp(found[name], _UTC) if found[name] else None
+        found[name] = at and at.isoformat()[:19] + "Z"
     return dict(found, client_run_ref=entry["ref"], attachments=files)
 
 
@@ -2810,9 +2812,9 @@ def run_queue_ls(call):
     call.note(f"{meta['waiting']} waiting, {meta['parked']} parked, {size_text(meta['bytes'])} in "
               f"{meta['file']}")
     run = (("RUN", "run_id"),) if call.get("sent") else ()
-    columns = QUEUE_COLUMNS[:2] + run + QUEUE_COLUMNS[2:]
-    return Result({"data": rows, "meta": meta}, rows=rows, columns=columns,
-                  ids=[row["client_run_ref"] for row in rows])
+    return Result({"data": rows, "meta": meta}, rows=rows,
+                  ids=[row["client_run_ref"] for row in rows],
+                  columns=QUEUE_COLUMNS[:2] + run + QUEUE_COLUMNS[2:])
 
 
 def run_queue_get(call):
@@ -2822,13 +2824,11 @@ def run_queue_get(call):
         files, body = queue.files(entry["id"]), queue.body(entry["id"])
         for file in files if folder and body else ():
             os.makedirs(folder, exist_ok=True)
-            saved.append(shown(save_new(os.path.join(folder, safe_name(file.name)),
-                                        lambda out, file=file: out.writelines(file.blocks()))))
+            saved.append(save_new(os.path.join(folder, safe_name(file.name)),
+                                  lambda out, file=file: out.writelines(file.blocks())))
     shows = entry_json(entry, len(files))
-    lines = [f"{name:<15} {shown(value)}" for name, value in shows.items()
-             if value not in (None, "")]
-    lines += section("ATTACHMENTS", [f"{shown(file.name)}  {size_text(file.size)}"
-                                     for file in files])
+    lines = [f"{name:<15} {value}" for name, value in shows.items() if value not in (None, "")]
+    lines += section("ATTACHMENTS", [f"{file.name}  {size_text(file.size)}" for file in files])
     request = json.loads(body) if body else shows
     if body and entry["ref"] == entry["content"]:       # create makes it anew, from the content
         del request["client_run_ref"]
@@ -2843,8 +2843,7 @@ def refs(call, count=None, needs="a REF is needed: queue ls shows them, the begi
 
 
 def run_queue_rm(call):
-    no_dry_run(call)
-    with the_queue(call) as queue:
+    with the_queue(call, changes=True) as queue:
         entries = [queue.find(word) for word in refs(call)]
         ask(call, f"Remove {counted(len(entries), 'run')} from the queue?")
         with queue.transaction():
@@ -2855,12 +2854,6 @@ def run_queue_rm(call):
     return Result({"client_run_ref": gone}, [
         "Removed {0} {serial_number} {outcome} ({state})".format(entry["ref"][:12], **entry)
         for entry in entries], ids=gone)
-
-
-def no_dry_run(call):
-    if call.get("dry_run"):
-        raise BadInput("--dry-run: this command sends no request, it changes the queue",
-                       "queue ls shows what is in it")
 
 
 def ask(call, question):
@@ -2874,6 +2867,7 @@ def ask(call, question):
 
 
 def run_queue_send(call, force=None):
+    """`force` (retry): the REFs that do not wait for their time, all where there are none."""
     if call.get("jitter"):
         time.sleep(delay(0, call.get("jitter")))
     client = call.client(0)
@@ -2881,8 +2875,8 @@ def run_queue_send(call, force=None):
         if client.plan:
             for entry in queue.entries("state = 'waiting'"):
                 client.send_create(json.loads(queue.body(entry["id"])))
-            return Result()
-        if force is not None:       # retry: REFs, or all
+            return None
+        if force is not None:
             entries = [queue.find(word) for word in force] or queue.entries("state = 'parked'")
             force = {entry["ref"] for entry in entries if force}
             for entry in entries:
@@ -2890,15 +2884,16 @@ def run_queue_send(call, force=None):
                     queue.change(entry["id"], state="waiting", next_try_at=0)
         work = Pass(queue, client, call.log, force)
         alone, meta = work.run(), queue.meta()
-        codes = work.codes | ({5} if alone and meta["parked"] else set())
     if not alone:
         call.note("another process is sending this queue: nothing to do")
+    elif meta["parked"]:
+        work.codes.add(5)
     runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
     document = {"sent": len(runs), "waiting": meta["waiting"], "parked": meta["parked"],
                 "runs": runs}
     told = "{sent} sent, {waiting} waiting, {parked} parked".format(**document)
-    result = Result(document, [told], rows=runs, ids=[run["id"] for run in runs],
-                    status=next((code for code in (3, 5, 6) if code in codes), 0))
+    result = Result(document, [told], runs,
+                    status=next((code for code in (3, 5, 6) if code in work.codes), 0))
     if result.status and (call.quiet or call.format == "json"):     # else the lines have told it
         result.error = {3: AccessDenied, 5: Refused, 6: Unavailable}[result.status](
             told + "".join(f"; {entry['serial_number']}: {entry['error']}"
@@ -2907,24 +2902,18 @@ def run_queue_send(call, force=None):
 
 
 def run_queue_move(call):
-    no_dry_run(call)
-    with the_queue(call) as queue:
+    with the_queue(call, changes=True) as queue:
         count, path = move(queue, refs(call, 1, "a FILE is needed: the queue to move to")[0])
     return Result({"moved": count, "file": path}, [
         f"Moved {counted(count, 'run')} to {path}, which holds the only copy now" if count
-        else "Nothing is waiting"])
+        else "Nothing is waiting"], ids=())
 
 
 def run_update(call):
     wire = call.wire("update")
     answer = call.client().update(**wire)
-    return done(answer, f"Updated run {answer['id']}: "
-                f"{counted(len(wire.get('attachments', ())), 'attachment')} linked")
-
-
-def done(answer, *lines):
-    """The Result of a command that made or changed one thing."""
-    return Result(answer, [shown(line) for line in lines], ids=[answer["id"]])
+    return Result(answer, [f"Updated run {answer['id']}: "
+                           f"{counted(len(wire.get('attachments', ())), 'attachment')} linked"])
 
 
 def run_update_metadata(call):
@@ -2932,10 +2921,11 @@ def run_update_metadata(call):
     if not wire.get("metadata"):
         raise BadInput("--metadata or --set is missing", "such as --set shift=A")
     kept = [key for key, value in wire["metadata"].items() if value is not None]
-    gone = [key for key in wire["metadata"] if key not in kept]
+    gone = [key for key, value in wire["metadata"].items() if value is None]
     answer = call.client().update_metadata(**wire)
-    return done(answer, f"Updated metadata of run {answer['id']}: " + "; ".join(filter(None, [
-        kept and "set " + ", ".join(kept), gone and "removed " + ", ".join(gone)])))
+    told = [kept and "set " + ", ".join(kept), gone and "removed " + ", ".join(gone)]
+    return Result(answer, [f"Updated metadata of run {answer['id']}: "
+                           + "; ".join(filter(None, told))])
 
 
 def run_create_attachment(call):
@@ -2945,9 +2935,9 @@ def run_create_attachment(call):
         values["name"] = files[0].name
     wire, client = check("create_attachment", values, flags=True), call.client()
     if files:
-        lines = file_lines(files, attach_all(call, client, wire["id"], files))
-        return done({"id": files[0].upload_id, "name": files[0].name}, *lines,
-                    f"  run {wire['id']}")
+        lines = attach_all(call, client, wire["id"], files)
+        return Result({"id": files[0].upload_id, "name": files[0].name},
+                      lines + [f"  run {wire['id']}"])
     try:
         answer = client.create_attachment(**wire)
     except Unavailable as error:
@@ -2955,26 +2945,27 @@ def run_create_attachment(call):
             error.hint = ("look with get before you try again: an empty attachment may be left\n"
                           "on the run. create-attachment --file does not have this problem")
         raise
-    return done(answer, f"Attachment {answer['id']} reserved on run {wire['id']}",
-                "It has no content yet. The upload URL works for about 60 seconds:",
-                "  " + answer["upload_url"], "Upload, then finalize:",
-                f"  curl -X PUT -H 'Content-Type: {content_type(wire['name'])}' -T FILE 'URL'",
-                f"  {PROG} attachments finalize --id {answer['id']}", "Easier, in one step:",
-                f"  {PROG} create-attachment --id {wire['id']} --file FILE")
+    return Result(answer, [
+        f"Attachment {answer['id']} reserved on run {wire['id']}",
+        "It has no content yet. The upload URL works for about 60 seconds:",
+        "  " + answer["upload_url"], "Upload, then finalize:",
+        f"  curl -X PUT -H 'Content-Type: {content_type(wire['name'])}' -T FILE 'URL'",
+        f"  {PROG} attachments finalize --id {answer['id']}", "Easier, in one step:",
+        f"  {PROG} create-attachment --id {wire['id']} --file FILE"])
 
 
 def run_initialize(call):
     answer = call.client().initialize(**call.wire("initialize"))
-    return done(answer, f"Upload {answer['id']}: PUT the bytes within 60 seconds to",
-                "  " + answer["upload_url"], "Then:",
-                f"  {PROG} attachments finalize --id {answer['id']}",
-                f"  {PROG} update --id RUN --attachments {answer['id']}")
+    return Result(answer, [f"Upload {answer['id']}: PUT the bytes within 60 seconds to",
+                           "  " + answer["upload_url"], "Then:",
+                           f"  {PROG} attachments finalize --id {answer['id']}",
+                           f"  {PROG} update --id RUN --attachments {answer['id']}"])
 
 
 def run_finalize(call):
     wire = call.wire("finalize")
     answer = call.client().finalize(**wire)
-    return Result(answer, [f"Finalized upload {shown(wire['id'])}", "  " + shown(answer["url"])],
+    return Result(answer, [f"Finalized upload {wire['id']}", "  " + answer["url"]],
                   ids=[wire["id"]])
 
 
@@ -2982,10 +2973,10 @@ def run_rm(call):
     ids, client = list(dict.fromkeys(call.wire("delete")["ids"])), call.client()
     ask(call, f"Delete {counted(len(ids), 'run')}?")
     gone = client.delete(ids)["id"]
-    lines = [f"Deleted {counted(len(gone), 'run')}"] + ["  " + shown(id) for id in gone]
-    kept = ["  " + shown(id) for id in ids if id not in gone]
-    return Result({"id": gone}, lines + ([f"Not there: {len(kept)}"] + kept if kept else []),
-                  rows=[{"id": id} for id in gone], ids=gone)
+    kept = [id for id in ids if id not in gone]
+    lines = [f"Deleted {counted(len(gone), 'run')}"] + [f"  {shown(id)}" for id in gone]
+    lines += [f"Not there: {len(kept)}"] * bool(kept) + [f"  {id}" for id in kept]
+    return Result({"id": gone}, lines, [{"id": id} for id in gone])
 
 
 def run_check(call):
@@ -2997,11 +2988,11 @@ def run_check(call):
             return f"none at {path}"
         with Queue(path) as queue:
             waits, meta = queue.entries("state = 'waiting'"), queue.meta()
-            if meta["parked"]:
-                raise Refused(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting "
-                              f"in {path}", f"{PROG} queue ls tells why")
-            oldest = f", oldest {ago(time.time() - waits[0]['stored_at'])}" if waits else ""
-            return f"{len(waits)} waiting{oldest}, {meta['bytes']} bytes in {path}"
+        if meta["parked"]:
+            raise Refused(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting "
+                          f"in {path}", f"{PROG} queue ls tells why")
+        oldest = f", oldest {ago(time.time() - waits[0]['stored_at'])}" if waits else ""
+        return f"{len(waits)} waiting{oldest}, {meta['bytes']} bytes in {path}"
 
     def key():
         if not client.login.key:
@@ -3022,30 +3013,28 @@ def run_check(call):
         return f"{abs(off)} s from the server's" if theirs else "not compared: no answer"
     about = [line.split(None, 1) for line in version_text().splitlines()]
     for name, get in [(name, lambda text=text: text) for name, text in about] + [
-            ("url", lambda: client.login.url),
-            ("key", key),
-            ("proxy", lambda: proxy_of("https")),
+            ("url", lambda: client.login.url), ("key", key), ("proxy", lambda: proxy_of("https")),
             ("ca", lambda: client.transport.ca_cert or "the system's"),
             ("queue", queue), ("identity", identity), ("clock", clock)]:
-        text, error = "", None
         try:
-            text = get()
+            text, error = get(), None
+            mark = "-   " if text.startswith("not ") else "ok  "
         except Error as failure:
-            text, error = failure.message, failure.as_json()
+            text, error, mark = failure.message, failure.as_json(), "FAIL"
             status = status or failure.exit_code
             if text in [row["text"] for row in rows]:
                 continue        # told already
         rows.append({"name": name, "ok": not error, "text": text, "error": error})
-        mark = "FAIL" if error else "-   " if text.startswith("not ") else "ok  "
-        lines.append(f"{mark}  {name:<9} {shown(' '.join(text.split()))}")
+        lines.append(f"{mark}  {name:<9} {' '.join(text.split())}")
         if error:
-            lines.append("      Fix: " + shown(" ".join((error["hint"] or "").split())))
-    return Result({"data": rows}, lines, rows=rows, status=status, columns=[
+            lines.append("      Fix: " + " ".join((error["hint"] or "").split()))
+    return Result({"data": rows}, lines, rows, ids=(), status=status, columns=[
         (key, key) for key in ("name", "ok", "text")])
 
 
 def version_text():
-    with open(os.path.abspath(__file__), "rb") as file:
+    path = os.path.abspath(__file__)
+    with open(path, "rb") as file:
         sha256 = digest([file.read()])
     try:
         from ssl import OPENSSL_VERSION as openssl
@@ -3053,7 +3042,7 @@ def version_text():
         openssl = "no ssl in this Python"
     return (f"version  {PROG} {__version__}\nsha256   {sha256}\n"
             f"python   {sys.version.split()[0]} on {sys.platform}\nopenssl  {openssl}\n"
-            f"path     {os.path.abspath(__file__)}\n")
+            f"path     {path}\n")
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -3229,14 +3218,44 @@ METAVARS = dict(pair.split("=") for pair in """id=ID duration=DURATION time=TIME
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that fills a command's flags when it is called, and raises what it finds."""
-    fill = None
+    """The parser of a command or of a word before others. Its flags, or the commands below it, come
+    when it is called; what is wrong is raised."""
+
+    def __init__(self, path="", prog=None):     # argparse offers a prog of its own
+        def form(prog):
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
+                                                        width=min(100, terminal_width()) - 1)
+        words = {"queue get": " REF", "queue rm": " REF ...", "queue retry": " [REF ...]",
+                 "queue move": " FILE"}.get(path, "")
+        super().__init__(f"{PROG} {path}".rstrip(), f"{PROG} {path}{words} [flags]", add_help=False,
+                         formatter_class=form, argument_default=argparse.SUPPRESS)
+        self.path = path
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def parse_known_args(self, args=None, namespace=None):
-        if self.fill:
-            fill, self.fill = self.fill, None
-            fill(self)
+        command, names = COMMANDS.get(self.path), inner_commands(self.path)
+        if command:
+            self.set_defaults(entry=self.path)
+            lines = [f"  {PROG} {self.path}{line}" for line in command.examples]
+            self.description = "\n".join([command.sentence, ""] + [
+                re.sub(r"^(.{1,76}) (?=--)", r"\1 \\\n      ", line) if len(line) > 79 else line
+                for line in lines])
+        elif not self.path:
+            names = ["runs"] + list(dict.fromkeys(name.split()[0] for name in COMMANDS))
+        if command or not self.path:
+            add_flags(self, (command.fields if command else ()) + GLOBAL)
+        if not command:
+            tree = self.add_subparsers(dest=self.path + " word")
+            for name in names:
+                tree.add_parser(name.rpartition(" ")[2], path=name)
         return super().parse_known_args(args, namespace)
+
+    def format_help(self):
+        if self.path in COMMANDS:
+            return super().format_help()
+        return f"usage: {PROG} {self.path} COMMAND [flags]\n\n" + "".join(
+            f"  {name:<18}{COMMANDS[name].sentence}\n"
+            for name in inner_commands(self.path)) if self.path else MANUAL
 
     def _get_option_tuples(self, option_string):
         # no abbreviations; allow_abbrev=False would refuse -qv before 3.8
@@ -3256,11 +3275,10 @@ class Parser(argparse.ArgumentParser):
 
 def add_flags(parser, fields):
     """The flags of a table's rows, in groups. A flag that is not given is not in the result."""
-    groups = {}
+    groups = {title: parser.add_argument_group(title)
+              for title in dict.fromkeys(field.group for field in fields)}
     for field in fields:
-        if field.group not in groups:
-            groups[field.group] = parser.add_argument_group(field.group)
-        name, more = flag(field.name), {"default": argparse.SUPPRESS, "dest": field.name}
+        name, more = flag(field.name), {}
         if field.kind == "flag":
             more["action"] = "store_true"
         else:
@@ -3271,47 +3289,10 @@ def add_flags(parser, fields):
         if field.many and not field.fields:
             more.update(nargs="+", action="append")
             if name.endswith("s"):      # the singular, accepted in silence
-                parser.add_argument(name[:-1], help=argparse.SUPPRESS, **more)
+                parser.add_argument(name[:-1], dest=field.name, help=argparse.SUPPRESS, **more)
         text = field.help + (": " + " ".join(field.choices) if field.choices else "")
         text += f"; e.g. {field.example}" if field.example and field.kind != "boolean" else ""
         groups[field.group].add_argument(name, help=text.replace("%", "%%"), **more)
-
-
-def new_parser(path, made=Parser, **more):
-    """A parser for a command; its flags, or the commands below it, come when it is called."""
-    words = {"queue get": " REF", "queue rm": " REF ...", "queue retry": " [REF ...]",
-             "queue move": " FILE"}.get(path, "")
-
-    def form(prog):
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
-                                                    width=min(100, terminal_width()) - 1)
-    parser = made(usage=f"{PROG} {path}{words} [flags]", add_help=False, formatter_class=form,
-                  **more)
-    parser.prog = f"{PROG} {path}".rstrip()
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    parser.fill = lambda parser: fill(parser, path)
-    return parser
-
-
-def fill(parser, path):
-    command = COMMANDS.get(path)
-    if command:
-        parser.set_defaults(entry=path)
-        lines = [f"  {PROG} {path}{line}" for line in command.examples]
-        parser.description = "\n".join([command.sentence, ""] + [
-            re.sub(r"^(.{1,76}) (?=--)", r"\1 \\\n      ", line) if len(line) > 79 else line
-            for line in lines])
-        add_flags(parser, command.fields + GLOBAL)
-        return
-    names = inner_commands(path)
-    parser.format_help = lambda: f"usage: {PROG} {path} COMMAND [flags]\n\n" + "".join(
-        f"  {name:<18}{COMMANDS[name].sentence}\n" for name in names) if path else MANUAL
-    if not path:
-        add_flags(parser, GLOBAL)
-        names = ["runs"] + list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-    tree = parser.add_subparsers(dest=path + " word", parser_class=Parser)
-    for name in names:
-        new_parser(name, lambda **more: tree.add_parser(name.rpartition(" ")[2], **more))
 
 
 def inner_commands(path):
@@ -3322,26 +3303,26 @@ def inner_commands(path):
 
 def parse(argv):
     """(command, its flags, its plain words) of a command line; BadInput for what is wrong."""
-    found, words = new_parser("").parse_known_args(argv)
+    found, words = Parser().parse_known_args(argv)
     found = vars(found)
-    path = found.pop("entry", None)
-    known = {flag(field.name): field
-             for field in (COMMANDS[path].fields if path else ()) + GLOBAL}
+    path = found.pop("entry", "")
+    fields = (COMMANDS[path].fields if path else ()) + GLOBAL
+    known = {flag(field.name): field for field in fields}
     for word in words:
         if word.startswith("-") and word != "-":
             word = word.partition("=")[0]
             meant = closest(word, list(known))
             raise BadInput(f"unknown option {word[:60]}", (
-                f"did you mean {meant}? Example: {path or ''} {meant} {known[meant].example}"
-                if meant else f"{PROG} {path or ''} --help lists them"))
+                f"did you mean {meant}? Example: {path} {meant} {known[meant].example}"
+                if meant else f"{PROG} {path} --help lists them"))
     if not path:
         raise BadInput("a command is missing",
                        "one of: " + ", ".join(inner_commands(found.get(" word") or "")))
     if words and not path.startswith("queue "):
         raise BadInput(f"unexpected word {words[0][:60]}", "values follow their flag")
-    for name, field in ((field.name, field) for field in known.values()):
-        if name in found and field.many and not field.fields:
-            found[name] = sum(found[name], [])
+    for field in fields:
+        if field.name in found and field.many and not field.fields:
+            found[field.name] = sum(found[field.name], [])
     return path, found, words
 
 
@@ -3358,25 +3339,22 @@ def execute(argv):
     name, flags, words = parse(argv)
     catch_signals()
     call = Call(flags, words, COMMANDS[name].fields + GLOBAL)
-    out, columns = call.get("out"), call.get("columns")
-    columns = [path.strip() for path in columns.split(",")] if columns else None
-    result = None
+    out, how, result = call.get("out"), (call.format, call.get("columns"), call.quiet), None
     try:
         result = COMMANDS[name].run(call)
         if call.get("dry_run"):
-            result = Result(lines=[dump_json(request) for request in call.planned])
-            call.format, call.quiet, columns = "table", False, None
+            result, how = Result({}, [dump_json(request) for request in call.planned]), ()
         if out and out != "-":
-            write_file(out, result, call.format, columns, call.quiet)
+            write_file(out, result, *how)
         else:
-            Screen(sys.stdout, call.format, columns, call.quiet).write(result)
+            Screen(sys.stdout, *how).write(result)
     except (OSError, Error, KeyboardInterrupt):
-        if not call.durable:    # a run that is stored stays stored: exit 0, whatever comes
-            if result and name == "create" and not call.get("dry_run"):
-                call.note(f"run {result.document['id']} is stored; its output cannot be written")
-            raise
-        drop_stdout()
-        return 0
+        if call.durable:        # a run that is stored stays stored: exit 0, whatever comes
+            drop_stdout()
+            return 0
+        if result and name == "create" and not call.get("dry_run"):
+            call.note(f"run {result.document['id']} is stored; its output cannot be written")
+        raise
     finally:
         call.clients.close()
     if result.error:
@@ -3396,13 +3374,12 @@ def catch_signals():
 def write_file(path, result, *how):
     """Writes beside the file and renames at the end: what fails leaves the old file."""
     path = os.path.realpath(path)
-    if os.path.exists(path) and not os.path.isfile(path):       # a device, a FIFO: as it is
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            return Screen(file, *how).write(result)
+    special = os.path.exists(path) and not os.path.isfile(path)     # a device, a FIFO: as it is
     with part_of(path) as part:
-        with open(part, "w", encoding="utf-8", newline="") as file:
+        with open(path if special else part, "w", encoding="utf-8", newline="") as file:
             Screen(file, *how).write(result)
-        replace(part, path)
+        if not special:
+            replace(part, path)
 
 
 def drop_stdout():
@@ -3441,11 +3418,11 @@ def main(argv=None):
     except SystemExit as ended:         # argparse, after its help
         return ended.code or 0
     except KeyboardInterrupt as error:
-        failure = Stopped("stopped by Ctrl-C" + ("; it may be stored: the same command again makes "
-                                                 "no second run" if "create" in argv else ""))
-        if isinstance(error, Terminated):
-            failure.message = failure.message.replace("Ctrl-C", "SIGTERM")
-            failure.exit_code = 143
+        name, code = ("SIGTERM", 143) if isinstance(error, Terminated) else ("Ctrl-C", 130)
+        failure = Stopped(f"stopped by {name}" + (
+            "; it may be stored: the same command again makes no second run"
+            if "create" in argv else ""))
+        failure.exit_code = code
     except OSError as error:
         drop_stdout()
         if error.errno in (errno.EPIPE, errno.EINVAL):
@@ -3468,17 +3445,10 @@ def main(argv=None):
     return failure.exit_code
 
 
-def leave(status):
-    """Ends the program, also while a thread waits for a server or for DNS."""
-    threading = sys.modules.get("threading")
-    if threading and threading.active_count() > 1:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
 # ---- guard ---------------------------------------------------------------------------------------
 
 if __name__ == "__main__":
-    leave(main())
+    end = main()
+    if "threading" in sys.modules and sys.modules["threading"].active_count() > 1:
+        os._exit(end)       # a thread still waits for a server or for DNS
+    sys.exit(end)
