@@ -2117,8 +2117,7 @@ RUN_COLUMNS = (("ID", "id"), ("OUTCOME", "outcome"), ("SERIAL", "unit.serial_num
 CSV_COLUMNS = """id outcome unit.serial_number unit.part.number unit.part.revision.number
     unit.batch.number procedure.id procedure.name procedure.version.tag started_at ended_at
     duration created_by_station.name operated_by.name""".split()
-COLOURS = {"PASS": 32, "FAIL": 31, "ERROR": 35, "TIMEOUT": 35, "ABORTED": 33, "SKIP": 33,
-           "UNSET": 33}
+COLOURS = dict(PASS=32, FAIL=31, ERROR=35, TIMEOUT=35, ABORTED=33, SKIP=33, UNSET=33)
 
 
 def isatty(stream):
@@ -2136,7 +2135,7 @@ class Screen:
         self.stream, self.format, self.quiet = stream, format, quiet
         self.columns = [(path.strip(), path.strip()) for path in (columns or "").split(",")
                         if columns]
-        self.tty = isatty(stream)
+        self.tty = format == "table" and isatty(stream)
         self.width = terminal_width() if self.tty else 0
         self.colour = (self.tty and not os.environ.get("NO_COLOR")
                        and os.environ.get("TERM") != "dumb" and console_takes_colour())
@@ -2152,6 +2151,11 @@ class Screen:
             self.write_pages(result.pages)
         elif self.format == "json":
             put(dump_json(result.document, 2) + "\n")
+        elif self.format == "jsonl":
+            for rows, _ in result.pages:
+                put("".join(dump_json({path: dig(row, path) for path, _ in self.columns} or row)
+                            + "\n" for row in rows))
+                self.stream.flush()
         elif self.format == "table" and lines is not None and not self.columns:
             lines = lines(self) if callable(lines) else map(shown, lines)
             put("".join(f"{line}\n" for line in lines))
@@ -2176,29 +2180,26 @@ class Screen:
             self.stream.write(f'\n], "meta": {dump_json(meta)}}}\n')
 
     def write_rows(self, pages, columns):
-        put, paths, titles = self.stream.write, [path for _, path in columns], True
-        if self.format == "csv":
-            import csv
-            paths = CSV_COLUMNS if columns is RUN_COLUMNS else paths
-            writer = csv.writer(self.stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
-            writer.writerow(map(csv_text, paths))
+        """A table, or CSV with a spreadsheet's quotes around all."""
+        csv, kept = self.format == "csv", None
+        paths = CSV_COLUMNS if csv and columns is RUN_COLUMNS else [path for _, path in columns]
+        table = [list(map(csv_text, paths)) if csv else [title for title, _ in columns]]
         for rows, _ in pages:
-            if self.format == "jsonl":
-                put("".join(dump_json({path: dig(row, path) for _, path in self.columns} or row)
-                            + "\n" for row in rows))
-            elif self.format == "csv":
-                writer.writerows([csv_text(dig(row, path)) for path in paths] for row in rows)
-            else:
-                table = [[cell(dig(row, path), path, self.tty) for path in paths] for row in rows]
-                if titles:
-                    table.insert(0, [title for title, _ in columns])
-                    titles, kept = False, self.tty and fit(table, columns, self.width)
-                for line in table:
-                    if self.tty:
-                        line = [cut(line[i], width) for i, width in kept]
-                        line[-1] = line[-1].rstrip()
-                    put(("  " if self.tty else "\t").join(map(self.paint, line)) + "\n")
+            table += [[csv_text(dig(row, path)) if csv else cell(dig(row, path), path, self.tty)
+                       for path in paths] for row in rows]
+            if self.tty:
+                kept = kept or fit(table, columns, self.width)
+            for line in table:
+                if csv:
+                    line = ",".join('"' + text.replace('"', '""') + '"' for text in line)
+                elif self.tty:
+                    line = [cut(line[i], width) for i, width in kept]
+                    line = "  ".join(map(self.paint, line[:-1] + [line[-1].rstrip()]))
+                else:
+                    line = "\t".join(line)
+                self.stream.write(line + "\n")
             self.stream.flush()
+            table = []
 
     def paint(self, text):
         """An outcome in its colour, anything else as it is."""
@@ -2416,7 +2417,7 @@ def distance_text(row):
 
 def summary(runs):
     """(document, lines): a count for each outcome, yields of procedures, the worst serials."""
-    outcomes, fails, units, rows = collections.Counter(), collections.Counter(), {}, {}
+    outcomes, fails, units = collections.Counter(), collections.Counter(), {}
     for run in runs:
         outcome, serial = shown(run.get("outcome")), shown(dig(run, "unit.serial_number"))
         key = shown(dig(run, "procedure.name")), serial
@@ -2425,14 +2426,12 @@ def summary(runs):
         now = epoch(run.get("started_at")) or 0, outcome == "PASS"
         first, ever = units.get(key, (now, False))
         units[key] = min(first, now), ever or now[1]
+    counts = collections.defaultdict(lambda: [0, 0, 0])     # units, those that passed, at first
     for (procedure, _), (first, ever) in units.items():
-        row = rows.setdefault(procedure, {"procedure": procedure, "units": 0, "passed": 0,
-                                          "passed_first": 0})
-        row["units"] += 1
-        row["passed"] += ever
-        row["passed_first"] += first[1]
-        row["yield"] = row["passed"] / row["units"]
-        row["first_pass_yield"] = row["passed_first"] / row["units"]
+        counts[procedure] = [a + b for a, b in zip(counts[procedure], (1, ever, first[1]))]
+    rows = [{"procedure": procedure, "units": all_, "passed": passed, "passed_first": at_first,
+             "yield": passed / all_, "first_pass_yield": at_first / all_}
+            for procedure, (all_, passed, at_first) in counts.items()]
     total = sum(outcomes.values())
     lines = [f"{total} runs"]
     for outcome, count in outcomes.most_common():
@@ -2440,11 +2439,11 @@ def summary(runs):
         lines.append(f"  {outcome:<8} {count:>7}  {100 * part:5.1f} %  {'#' * round(40 * part)}")
     lines += section("YIELD", ["PROCEDURE                   UNITS   YIELD  FIRST PASS"] + [
         f"{cut(row['procedure'], 26)} {row['units']:>6} {row['yield']:7.1%} "
-        f"{row['first_pass_yield']:10.1%}" for row in rows.values()])
+        f"{row['first_pass_yield']:10.1%}" for row in rows])
     worst = [(serial, count) for serial, count in fails.most_common(10) if count]
     lines += section("SERIALS THAT FAIL MOST", [f"{count:>5}  {serial}" for serial, count in worst])
-    return {"runs": total, "outcomes": dict(outcomes), "procedures": list(rows.values()),
-            "failing_serials": [{"serial_number": s, "count": n} for s, n in worst]}, lines
+    return {"runs": total, "outcomes": dict(outcomes), "procedures": rows, "failing_serials": [
+        {"serial_number": serial, "count": count} for serial, count in worst]}, lines
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -2542,11 +2541,13 @@ class Call:
         if path is not None and self.key is None:       # once: it may come from stdin
             try:
                 key = self.read(path if path == "-" else "@" + path, "api_key_file")
-                self.key = key.decode(json.detect_encoding(key), "replace")  # Notepad, PowerShell
             except BadInput as error:
-                if not self.stdin and not re.search(r"[./\\]", path):      # it may be the key
+                if path == "-":
+                    raise
+                if not re.search(r"[./\\]", path):      # it may be the key
                     error.message = "--api-key-file: there is no such file"
-                raise error if self.stdin else AccessDenied(error.message, error.hint) from None
+                raise AccessDenied(error.message, error.hint) from None
+            self.key = key.decode(json.detect_encoding(key), "replace")     # Notepad, PowerShell
         client = Client(self.get("url"), self.key, self.get("ca_cert"), self.get("timeout") or 30,
                         retries if given is None else given, bool(self.get("allow_http")),
                         f"--api-key-file {path}", self.warn, self.note if self.get("v") else None,
@@ -2563,8 +2564,7 @@ class Call:
     def note(self, text):
         """A line on stderr."""
         if not self.silent:
-            sys.stderr.write(shown(text) + "\n")
-            sys.stderr.flush()
+            print(shown(text), file=sys.stderr, flush=True)
 
     def warn(self, text):
         self.note("warning: " + text)
@@ -2572,15 +2572,13 @@ class Call:
     def log(self, text):
         """A line with the time on stdout, while queue send is at work."""
         if self.format == "table" and not self.quiet:
-            sys.stdout.write(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {shown(text)}\n")
-            sys.stdout.flush()
+            print(time.strftime("%Y-%m-%d %H:%M:%S%z"), shown(text), flush=True)
 
     def live(self, text, last):
         """A line on a terminal that is written over, once a command takes more than 2 s."""
         self.began = self.began or time.monotonic()
         if time.monotonic() - self.began > 2 and isatty(sys.stderr) and not self.silent:
-            sys.stderr.write(f"\r{text}  " + "\n" * last)
-            sys.stderr.flush()
+            print(f"\r{text}  ", end="\n" * last, file=sys.stderr, flush=True)
 
     def progress(self, file, sent):
         self.live(f"Uploading {shown(file.name, 40)} {100 * sent // file.size:3d}%  "
@@ -2712,6 +2710,13 @@ def attach_all(call, client, run_id, files):
 def create_queued(call, body, files):
     """Stores a run, then sends it and older ones for ten seconds at most."""
     path, origin, problem, offline = queue_path(call), None, [], call.get("offline")
+
+    def send():     # in a thread of its own
+        try:
+            with Queue(path) as queue:
+                Pass(queue, call.client(0)).run()
+        except Exception as error:      # the run is stored: nothing here is a failure
+            problem.append(str(error))
     with contextlib.ExitStack() as stack:
         try:
             if not offline:
@@ -2724,7 +2729,7 @@ def create_queued(call, body, files):
             return create_unqueued(call, body, files, error)
         call.durable = True
         if not offline and entry["state"] == "waiting":
-            within(10, lambda: send_queued(call, path, problem))
+            within(10, send)
         entry, meta = queue.find(entry["ref"]), queue.meta()
         waits = [row["stored_at"] for row in queue.entries("state = 'waiting'")]
     if meta["parked"] or time.time() - min(waits + [math.inf]) > 86400:
@@ -2753,15 +2758,6 @@ def create_unqueued(call, body, files, error):
             raise       # the run is stored, a file is not
         raise Unavailable(error.message + "\nthe run is NOT stored", error.hint, error.status,
                           error.code, error.issues) from None
-
-
-def send_queued(call, path, problem):
-    """A pass over the queue, in a thread of its own; what stops it goes to `problem`."""
-    try:
-        with Queue(path) as queue:
-            Pass(queue, call.client(0)).run()
-    except Exception as error:      # the run is stored: nothing here is a failure
-        problem.append(str(error))
 
 
 def within(seconds, work):
@@ -2860,8 +2856,7 @@ def ask(call, question):
     """Asks on a terminal, and goes on elsewhere or with --yes."""
     asks = isatty(sys.stdin) and isatty(sys.stderr) and not call.get("dry_run")
     if asks and not call.get("yes"):
-        sys.stderr.write(question + " This cannot be undone. Type y: ")
-        sys.stderr.flush()
+        print(question, "This cannot be undone. Type y: ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise Stopped("nothing was deleted")
 
