@@ -2133,8 +2133,7 @@ class Screen:
 
     def __init__(self, stream, format="table", columns=None, quiet=False):
         self.stream, self.format, self.quiet = stream, format, quiet
-        self.columns = [(path.strip(), path.strip()) for path in (columns or "").split(",")
-                        if columns]
+        self.columns = [(path.strip(),) * 2 for path in columns.split(",")] if columns else []
         self.tty = format == "table" and isatty(stream)
         self.width = terminal_width() if self.tty else 0
         self.colour = (self.tty and not os.environ.get("NO_COLOR")
@@ -2426,24 +2425,28 @@ def summary(runs):
         now = epoch(run.get("started_at")) or 0, outcome == "PASS"
         first, ever = units.get(key, (now, False))
         units[key] = min(first, now), ever or now[1]
-    counts = collections.defaultdict(lambda: [0, 0, 0])     # units, those that passed, at first
+    rows, total = {}, sum(outcomes.values())
     for (procedure, _), (first, ever) in units.items():
-        counts[procedure] = [a + b for a, b in zip(counts[procedure], (1, ever, first[1]))]
-    rows = [{"procedure": procedure, "units": all_, "passed": passed, "passed_first": at_first,
-             "yield": passed / all_, "first_pass_yield": at_first / all_}
-            for procedure, (all_, passed, at_first) in counts.items()]
-    total = sum(outcomes.values())
+        row = rows.setdefault(procedure, {"procedure": procedure, "units": 0, "passed": 0,
+                                          "passed_first": 0})
+        row["units"] += 1
+        row["passed"] += ever
+        row["passed_first"] += first[1]
+        row["yield"] = row["passed"] / row["units"]
+        row["first_pass_yield"] = row["passed_first"] / row["units"]
     lines = [f"{total} runs"]
     for outcome, count in outcomes.most_common():
         part = count / total
         lines.append(f"  {outcome:<8} {count:>7}  {100 * part:5.1f} %  {'#' * round(40 * part)}")
     lines += section("YIELD", ["PROCEDURE                   UNITS   YIELD  FIRST PASS"] + [
         f"{cut(row['procedure'], 26)} {row['units']:>6} {row['yield']:7.1%} "
-        f"{row['first_pass_yield']:10.1%}" for row in rows])
-    worst = [(serial, count) for serial, count in fails.most_common(10) if count]
-    lines += section("SERIALS THAT FAIL MOST", [f"{count:>5}  {serial}" for serial, count in worst])
-    return {"runs": total, "outcomes": dict(outcomes), "procedures": rows, "failing_serials": [
-        {"serial_number": serial, "count": count} for serial, count in worst]}, lines
+        f"{row['first_pass_yield']:10.1%}" for row in rows.values()])
+    worst = [{"serial_number": serial, "count": count}
+             for serial, count in fails.most_common(10) if count]
+    lines += section("SERIALS THAT FAIL MOST", ["{count:>5}  {serial_number}".format(**row)
+                                                for row in worst])
+    return {"runs": total, "outcomes": dict(outcomes), "procedures": list(rows.values()),
+            "failing_serials": worst}, lines
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -2593,7 +2596,7 @@ def run_ls(call):
     if limit and call.get("all"):
         raise BadInput("--limit and --all exclude each other", "give one of them")
     limit = limit if whole else limit or 50
-    pages = client.pages(limit, call.get("page_size") or min(limit or 100, 100), **filters)
+    pages = client.pages(limit, call.get("page_size") or 100, **filters)
     first = next(pages)
     if not first[0] and call.get("fail_empty") and not client.plan:
         raise NotFound("no run matches", "that is what --fail-empty asks for")
@@ -2623,7 +2626,7 @@ def run_ls(call):
 def run_get(call):
     client, folder, saved = call.client(), call.get("download"), []
     run = client.get(call.wire("get")["id"])
-    for row in dicts(run.get("attachments")) if folder and not client.plan else ():
+    for row in dicts(run.get("attachments")) if folder else ():
         if row.get("download_url"):
             saved.append(shown(download(client, row, folder)))
         else:
@@ -2639,7 +2642,7 @@ def run_get(call):
 
 def run_link(client, procedure_id, run_id):
     """The run's page, where the organization is known from the credentials file."""
-    if not client.plan and client.login.slug and procedure_id:
+    if client.login.slug and procedure_id:
         return shown(f"{client.login.url}/{client.login.slug}/{procedure_id}/runs/{run_id}")
 
 
@@ -2763,8 +2766,7 @@ def create_unqueued(call, body, files, error):
 def within(seconds, work):
     """Runs work() in a thread and goes on when it is done or the time is over, or on Ctrl-C."""
     import threading
-    thread = threading.Thread(target=work)
-    thread.daemon = True
+    thread = threading.Thread(target=work, daemon=True)
     with contextlib.suppress(KeyboardInterrupt):
         thread.start()
         thread.join(seconds)
@@ -2884,8 +2886,7 @@ def run_queue_send(call, force=None):
     elif meta["parked"]:
         work.codes.add(5)
     runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
-    document = {"sent": len(runs), "waiting": meta["waiting"], "parked": meta["parked"],
-                "runs": runs}
+    document = dict(sent=len(runs), waiting=meta["waiting"], parked=meta["parked"], runs=runs)
     told = "{sent} sent, {waiting} waiting, {parked} parked".format(**document)
     result = Result(document, [told], runs,
                     status=next((code for code in (3, 5, 6) if code in work.codes), 0))
@@ -2918,9 +2919,9 @@ def run_update_metadata(call):
     kept = [key for key, value in wire["metadata"].items() if value is not None]
     gone = [key for key, value in wire["metadata"].items() if value is None]
     answer = call.client().update_metadata(**wire)
-    told = [kept and "set " + ", ".join(kept), gone and "removed " + ", ".join(gone)]
-    return Result(answer, [f"Updated metadata of run {answer['id']}: "
-                           + "; ".join(filter(None, told))])
+    told = "; ".join(["set " + ", ".join(kept)] * bool(kept)
+                     + ["removed " + ", ".join(gone)] * bool(gone))
+    return Result(answer, [f"Updated metadata of run {answer['id']}: {told}"])
 
 
 def run_create_attachment(call):
@@ -2959,9 +2960,8 @@ def run_initialize(call):
 
 def run_finalize(call):
     wire = call.wire("finalize")
-    answer = call.client().finalize(**wire)
-    return Result(answer, [f"Finalized upload {wire['id']}", "  " + answer["url"]],
-                  ids=[wire["id"]])
+    answer, id = call.client().finalize(**wire), wire["id"]
+    return Result(answer, [f"Finalized upload {id}", "  " + answer["url"]], ids=[id])
 
 
 def run_rm(call):
@@ -3007,12 +3007,12 @@ def run_check(call):
                            "set this machine's clock: certificates and times depend on it")
         return f"{abs(off)} s from the server's" if theirs else "not compared: no answer"
     about = [line.split(None, 1) for line in version_text().splitlines()]
-    for name, get in [(name, lambda text=text: text) for name, text in about] + [
+    for name, get in about + [
             ("url", lambda: client.login.url), ("key", key), ("proxy", lambda: proxy_of("https")),
             ("ca", lambda: client.transport.ca_cert or "the system's"),
             ("queue", queue), ("identity", identity), ("clock", clock)]:
         try:
-            text, error = get(), None
+            text, error = get() if callable(get) else get, None
             mark = "-   " if text.startswith("not ") else "ok  "
         except Error as failure:
             text, error, mark = failure.message, failure.as_json(), "FAIL"
@@ -3023,8 +3023,8 @@ def run_check(call):
         lines.append(f"{mark}  {name:<9} {' '.join(text.split())}")
         if error:
             lines.append("      Fix: " + " ".join((error["hint"] or "").split()))
-    return Result({"data": rows}, lines, rows, ids=(), status=status, columns=[
-        (key, key) for key in ("name", "ok", "text")])
+    return Result({"data": rows}, lines, rows, ids=(), status=status,
+                  columns=[(key, key) for key in ("name", "ok", "text")])
 
 
 def version_text():
@@ -3050,8 +3050,7 @@ output:
   format enum table json jsonl csv | form of the output | csv
   columns text | fields to show, for table, csv and jsonl | id,unit.serial_number
   out path | write to a file, replaced at the end only | runs.csv
-  q flag | IDs only
-  v flag | a line for each request on stderr
+  q flag | IDs only / v flag | a line for each request on stderr
   dry_run flag | print the requests, send nothing
 connection:
   url text | the server, else TOFUPILOT_URL, else the credentials file, else the cloud | \
@@ -3082,19 +3081,14 @@ $ --procedure-ids proc_abc --outcomes PASS --limit 50
 $ --started-after 24h --outcomes FAIL --format csv --out failures.csv
 $ --serial-numbers SN-0001 --fail-empty -q
 $ --started-after 7d --summary
-page and order:
-  all flag | all runs that match
-  page_size page | rows a request, 1 to 100 | 100
-output:
-  fail_empty flag | exit 4 when no run matches
+page and order: / all flag | all runs that match / page_size page | rows a request, 1 to 100 | 100
+output: / fail_empty flag | exit 4 when no run matches
   summary flag | counts, yields, the serials that fail most, over all pages"""),
     "get": _command(run_get, ID, """Show a run: verdict, phases, measurements, files.
 $ --id run_abc123
 $ --id run_abc123 --failed-only --logs
 $ --id run_abc123 --download evidence
-output:
-  failed_only flag | phases and measurements that failed
-  logs flag | the log lines too
+output: / failed_only flag | phases and measurements that failed / logs flag | the log lines too
   download path | save all attachments in a folder | evidence
   exit_status flag | exit 10 unless the run is PASS"""),
     "create": _command(run_create, CREATE + SET + QUEUE, """\
@@ -3103,8 +3097,7 @@ $ --outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at \
 2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z
 $ --body @run.json --attach report.pdf scope.png
 $ --body @run.json --queue line3.queue
-content:
-  body text | the whole request as JSON; flags override its fields | @run.json
+content: / body text | the whole request as JSON; flags override its fields | @run.json
   attach path* | files to upload and link | report.pdf scope.png
 queue: / offline flag | store in the queue only: no network, no key"""),
     "update": _command(run_update, OPERATIONS["update"].fields, """Link uploads to a run.
@@ -3228,21 +3221,22 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def parse_known_args(self, args=None, namespace=None):
-        command, names = COMMANDS.get(self.path), inner_commands(self.path)
+        command = COMMANDS.get(self.path)
         if command:
             self.set_defaults(entry=self.path)
             lines = [f"  {PROG} {self.path}{line}" for line in command.examples]
             self.description = "\n".join([command.sentence, ""] + [
                 re.sub(r"^(.{1,76}) (?=--)", r"\1 \\\n      ", line) if len(line) > 79 else line
                 for line in lines])
-        elif not self.path:
-            names = ["runs"] + list(dict.fromkeys(name.split()[0] for name in COMMANDS))
-        if command or not self.path:
-            add_flags(self, (command.fields if command else ()) + GLOBAL)
-        if not command:
+            add_flags(self, command.fields + GLOBAL)
+        else:
             tree = self.add_subparsers(dest=self.path + " word")
-            for name in names:
+            for name in inner_commands(self.path):
                 tree.add_parser(name.rpartition(" ")[2], path=name)
+        if not self.path:
+            add_flags(self, GLOBAL)
+            for name in "runs", "attachments", "queue":
+                tree.add_parser(name, path=name)
         return super().parse_known_args(args, namespace)
 
     def format_help(self):
