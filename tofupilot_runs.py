@@ -3267,19 +3267,17 @@ def add_flags(parser, fields):
     groups = {title: parser.add_argument_group(title)
               for title in dict.fromkeys(field.group for field in fields)}
     for field in fields:
-        name, more = flag(field.name), {}
+        name, last_word = flag(field.name), field.name.rstrip("s").rpartition("_")[2]
+        more = {"metavar": METAVARS.get(field.kind) or last_word.upper()}
         if field.kind == "flag":
-            more["action"] = "store_true"
-        else:
-            more["metavar"] = METAVARS.get(field.kind) or (
-                field.name.rstrip("s").rpartition("_")[2].upper())
+            more = {"action": "store_true"}
         if field.kind == "boolean":
             more.update(nargs="?", const="true")
         if field.many and not field.fields:
             more.update(nargs="+", action="append")
             if name.endswith("s"):      # the singular, accepted in silence
                 parser.add_argument(name[:-1], dest=field.name, help=argparse.SUPPRESS, **more)
-        text = field.help + (": " + " ".join(field.choices) if field.choices else "")
+        text = ": ".join(filter(None, [field.help, " ".join(field.choices)]))
         text += f"; e.g. {field.example}" if field.example and field.kind != "boolean" else ""
         groups[field.group].add_argument(name, help=text.replace("%", "%%"), **more)
 
