@@ -2926,14 +2926,13 @@ def run_update_metadata(call):
 
 def run_create_attachment(call):
     values, path = call.values("create_attachment"), call.get("file")
-    files = [LocalFile(path, values.get("name"))] if path else []
-    if files:
-        values["name"] = files[0].name
+    file = LocalFile(path, values.get("name")) if path else None
+    if file:
+        values["name"] = file.name
     wire, client = check("create_attachment", values, flags=True), call.client()
-    if files:
-        lines = attach_all(call, client, wire["id"], files)
-        return Result({"id": files[0].upload_id, "name": files[0].name},
-                      lines + [f"  run {wire['id']}"])
+    if file:
+        lines = attach_all(call, client, wire["id"], [file]) + [f"  run {wire['id']}"]
+        return Result({"id": file.upload_id, "name": file.name}, lines)
     try:
         answer = client.create_attachment(**wire)
     except Unavailable as error:
@@ -3289,7 +3288,7 @@ def inner_commands(path):
 
 
 def parse(argv):
-    """(command, its flags, its plain words) of a command line; BadInput for what is wrong."""
+    """(command, its Call) of a command line; BadInput for what is wrong."""
     found, words = Parser().parse_known_args(argv)
     found = vars(found)
     path = found.pop("entry", "")
@@ -3310,7 +3309,7 @@ def parse(argv):
     for field in fields:
         if field.name in found and field.many and not field.fields:
             found[field.name] = sum(found[field.name], [])
-    return path, found, words
+    return path, Call(found, words, fields)
 
 
 def execute(argv):
@@ -3323,9 +3322,8 @@ def execute(argv):
     if not argv:
         sys.stderr.write(SUMMARY)
         return 2
-    name, flags, words = parse(argv)
+    name, call = parse(argv)
     catch_signals()
-    call = Call(flags, words, COMMANDS[name].fields + GLOBAL)
     out, how, result = call.get("out"), (call.format, call.get("columns"), call.quiet), None
     try:
         result = COMMANDS[name].run(call)
