@@ -1422,14 +1422,15 @@ def attach(client, run_id, files, progress=None):
                 if isinstance(row.get("id"), str)]
     rows = linked()
     ids = [row["id"] for row in rows]
-    for file in files:
-        there = None if file.done else find_attached(client, rows, file)
+    for file in [file for file in files if not file.done]:
+        there = find_attached(client, rows, file)
         if there:
             rows.remove(there)
-            file.upload_id, file.done = there["id"], True
-            file.save()
-        elif not file.done:
+            file.upload_id = there["id"]
+        else:
             upload(client, file, progress)
+        file.done = True
+        file.save()
     missing = [file for file in files if file.upload_id not in ids]
     own = [file.upload_id for file in missing]
     if own:
@@ -1451,37 +1452,31 @@ def find_attached(client, rows, file):
                 tries.append(hashlib.sha256())
                 return tries[-1].update
             if row.get("download_url"):
-                fetch(client, row["download_url"], file.size, begin)
+                fetch(client, row, begin)
             if not tries or tries[-1].hexdigest() == file.sha256():
                 return row
     return None
 
 
-def upload(client, file, progress=None):
+def upload(client, file, progress):
     """Brings one file to the storage and finalizes it."""
     if file.upload_id:      # an earlier process came this far: had the bytes arrived?
         with contextlib.suppress(NotFound, Refused):
-            client.finalize(file.upload_id)
-            file.done = True
-    tries = 0
-    while not file.done:
-        made, tries = client.initialize(file.name), tries + 1
+            return client.finalize(file.upload_id)
+    for last in (False, True):
+        made = client.initialize(file.name)
         file.upload_id = made["id"]
         file.save()
         try:
             put(client, made["upload_url"], file, progress)
-            client.finalize(file.upload_id)
-            file.done = True
+            return client.finalize(file.upload_id)
         except Unavailable as error:        # 4xx: the URL has expired; ask for another, once
-            if tries > 1 or error.again or not 400 <= (error.status or 0) < 500:
+            if last or error.again or not 400 <= (error.status or 0) < 500:
                 raise
-    file.save()
 
 
 def put(client, url, file, progress):
     """PUTs a file to its presigned URL; the key does not go there."""
-    until = time.monotonic() + UPLOAD_WINDOW
-
     def content():
         sent = 0
         for block in file.blocks():
@@ -1489,38 +1484,42 @@ def put(client, url, file, progress):
             sent += len(block)
             if progress:
                 progress(file, sent)
-
-    def once(resend):
-        if time.monotonic() > until:
-            raise storage_error("its upload URL has expired", 403)
-        at_storage(client, "PUT", url, {"Content-Type": content_type(file.name),
-                                        "Content-Length": str(file.size)},
-                   file.size, resend, content if file.size else b"")
-    return client.plan("PUT", url, None) if client.plan else client.perform(once)
+    if client.plan:
+        return client.plan("PUT", url, None)
+    at_storage(client, "PUT", url, file.size, content=content if file.size else b"", headers={
+        "Content-Type": content_type(file.name), "Content-Length": str(file.size)})
 
 
-def fetch(client, url, size, begin):
-    """Gets a stored file. `begin` gives, for each try, the function that takes its blocks."""
-    size = size if is_number(size) and 0 < size < 1 << 40 else 1 << 30
-    client.perform(lambda resend: at_storage(client, "GET", url, {"Accept": "*/*"}, size, resend,
-                                             sink=begin()))
+def fetch(client, row, begin):
+    """Gets an attachment. `begin` gives, for each try, the function that takes its blocks."""
+    size = row.get("size")
+    known = is_number(size) and 0 < size < 1 << 40
+    at_storage(client, "GET", row["download_url"], size if known else 1 << 30,
+               {"Accept": "*/*"}, begin=begin)
 
 
-def at_storage(client, method, url, headers, size, resend, content=None, sink=None):
-    """One exchange with the storage; Unavailable where it does not do what it should."""
+def at_storage(client, method, url, size, headers, content=None, begin=lambda: None):
+    """Exchanges a file with the storage; Unavailable where it does not do what it should."""
+    until = time.monotonic() + UPLOAD_WINDOW
     try:
         parts = check_url(url, True, "the server gave a URL for it that")
         must(parts.scheme == "https" or client.login.url.startswith("http:"),
              "the server gave a URL for it that is plain http")
     except ValueError as error:
         raise storage_error(str(error)) from None
-    budget = 60 + size / 16384
-    answer = client.transport.exchange(method, url, headers, content, budget, resend, sink)
-    if answer.status != 200:
-        error = storage_error(f"{parts.netloc} answered {answer.status}" + (
-            f", a redirect to {target(answer)}" if target(answer) else ""), answer.status)
-        error.retry_after = retry_after(answer)
-        raise error
+
+    def once(resend):
+        if method == "PUT" and time.monotonic() > until:
+            raise storage_error("its upload URL has expired", 403)
+        answer = client.transport.exchange(method, url, headers, content, 60 + size / 16384,
+                                           resend, begin())
+        if answer.status != 200:
+            redirect = target(answer) and f", a redirect to {target(answer)}"
+            error = storage_error(f"{parts.netloc} answered {answer.status}{redirect}",
+                                  answer.status)
+            error.retry_after = retry_after(answer)
+            raise error
+    client.perform(once)
 
 
 def storage_error(why, status=None):
@@ -1547,15 +1546,13 @@ def safe_name(name):
 
 def download(client, row, folder):
     """Saves an attachment under a safe name, never over a file that exists. Returns the path."""
-    os.makedirs(folder, exist_ok=True)
-
     def write(file):
         def begin():
             file.seek(0)
             file.truncate()
             return file.write
-        fetch(client, row["download_url"], row.get("size"), begin)
-    return save_new(os.path.join(folder, safe_name(row.get("name"))), write)
+        fetch(client, row, begin)
+    return save_new(folder, row.get("name"), write)
 
 
 @contextlib.contextmanager
@@ -1569,18 +1566,19 @@ def part_of(path):
             os.remove(part)
 
 
-def save_new(path, write):
+def save_new(folder, name, write):
     """Makes a file with write(file); a name that is taken gets -2, -3. Returns the path."""
-    path = local_path(path)
+    os.makedirs(folder, exist_ok=True)
+    path = local_path(os.path.join(folder, safe_name(name)))
     stem, ending = os.path.splitext(path)
     with part_of(path) as part:
         with open(part, "xb") as file:
             write(file)
-        for number in range(1, sys.maxsize):
-            path = f"{stem}-{number}{ending}" if number > 1 else path
+        for number in range(2, sys.maxsize):
             with contextlib.suppress(FileExistsError):
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                open(path, "xb").close()
                 break
+            path = f"{stem}-{number}{ending}"
         replace(part, path)
     return path
 
@@ -2821,8 +2819,7 @@ def run_queue_get(call):
         entry = queue.find(refs(call, 1)[0])
         files, body = queue.files(entry["id"]), queue.body(entry["id"])
         for file in files if folder and body else ():
-            os.makedirs(folder, exist_ok=True)
-            saved.append(save_new(os.path.join(folder, safe_name(file.name)),
+            saved.append(save_new(folder, file.name,
                                   lambda out, file=file: out.writelines(file.blocks())))
     shows = entry_json(entry, len(files))
     lines = [f"{name:<15} {value}" for name, value in shows.items() if value not in (None, "")]
