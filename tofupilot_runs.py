@@ -1172,7 +1172,8 @@ class Client:
                 gone += answer["id"]
             except NotFound as error:
                 missing = error
-                gone += part if error.unsure else []    # the try without an answer deleted them
+                if getattr(error, "unsure", False):     # the try without an answer deleted them
+                    gone += part
         if missing and not gone:
             raise missing
         return {"id": gone}
@@ -1194,20 +1195,18 @@ class Client:
                 raise
             kind = "upload" if operation == "finalize" else "run"
             length = f"this ID has {len(id)} characters, IDs have 36: " if len(id) != 36 else ""
-            found = NotFound(f"no {kind} {shown(id, 80)} ({error.status}): {said}",
-                             length + "copy the whole ID; ls -q prints bare IDs", error.status,
-                             error.code, error.issues)
-            found.unsure = getattr(error, "unsure", False)
-            raise found from None
+            raise NotFound(f"no {kind} {shown(id, 80)} ({error.status}): {said}",
+                           length + "copy the whole ID; ls -q prints bare IDs", error.status,
+                           error.code, error.issues) from None
 
     def send(self, operation, wire, resend=True):
         """One exchange with the API: the JSON object of its answer."""
         from urllib.parse import quote, urlencode
         method, path, _, answers = OPERATIONS[operation]
-        url = f"{self.login.url}/api" + path.replace("{id}", quote(wire.get("id", ""), safe=""))
-        rest = {key: value for key, value in wire.items() if "{id}" not in path or key != "id"}
-        writes, body, content = method in ("POST", "PATCH"), None, None
-        if writes and operation != "finalize":      # that has no body at all
+        rest, body, content, url = dict(wire), None, None, f"{self.login.url}/api{path}"
+        if "{id}" in path:
+            url = url.replace("{id}", quote(rest.pop("id"), safe=""))
+        if method in ("POST", "PATCH") and operation != "finalize":     # that has no body at all
             body, content = rest, dump_json(rest).encode("ascii")
         elif rest:
             url += "?" + urlencode([(key, item if isinstance(item, str) else dump_json(item))
@@ -1219,16 +1218,14 @@ class Client:
             raise no_key()
         headers = {"Authorization": "Bearer " + self.login.key, "Accept": "application/json",
                    "User-Agent": f"tofupilot_runs/{__version__} Python/{sys.version.split()[0]}"}
-        if content:
+        if content:     # http.client tells its length
             headers["Content-Type"] = "application/json"
-        if writes:
-            headers["Content-Length"] = str(len(content or b""))
         answer = self.transport.exchange(method, url, headers, content, resend=resend)
         try:
             return read_answer(answer, url, answers)
         except Error as error:      # a server may say the key that it got
-            error.message = error.message.replace(self.login.key, "(the key)")
-            error.issues = [issue.replace(self.login.key, "(the key)") for issue in error.issues]
+            error.message, *error.issues = [text.replace(self.login.key, "(the key)")
+                                            for text in [error.message] + error.issues]
             if error.status == 401:
                 error.message = (
                     f"the server refused the API key ending ...{self.login.key[-4:]} (401): "
@@ -1256,16 +1253,17 @@ class Client:
                 wait = 0 if free else delay(tries, 1, error.retry_after)
                 if not (free or tries <= self.retries and error.again
                         and (again or not error.sent) and waited + wait <= PATIENCE):
-                    first, _, rest = error.message.partition("\n")
                     if tries > 1:
+                        first, end, rest = error.message.partition("\n")
                         first += f", {tries} tries in {time.monotonic() - started:.0f} s"
-                    error.message, error.sent = first + (rest and "\n" + rest), unsure
+                        error.message = first + end + rest
+                    error.sent = unsure
                     raise
                 if wait:
                     self.notify(f"{error.message.splitlines()[0]}; again in {wait:.1f} s")
                 time.sleep(wait)
                 waited += wait
-            found = look() if look and unsure else None
+            found = look and unsure and look()
             if found:
                 return found
 
@@ -1294,15 +1292,14 @@ class Client:
                 error.hint = "run the same command again: it cannot make a second run"
             raise
 
-    def find_created(self, body, since, taken=()):
+    def find_created(self, body, since, taken):
         """{"id"} of the run that an unanswered create of this body has made, or None.
 
         For servers that do not know client_run_ref. All that a row shows must agree, and the run
         must have been stored after the first try (the server's clock, 10 minutes of slack).
         """
-        second = math.floor(epoch(body["started_at"]))
-        around = [datetime.datetime.fromtimestamp(second + off, _UTC).isoformat()
-                  for off in (-1, 2)]
+        around = [datetime.datetime.fromtimestamp(math.floor(epoch(body["started_at"])) + seconds,
+                                                  _UTC).isoformat() for seconds in (-1, 2)]
         for rows, _ in self.pages(
                 serial_numbers=[body["serial_number"]], procedure_ids=[body["procedure_id"]],
                 started_after=around[0], started_before=around[1], include_metadata=True):
@@ -1622,8 +1619,7 @@ CREATE TABLE entry (id INTEGER PRIMARY KEY AUTOINCREMENT, ref TEXT, state TEXT, 
     units TEXT, outcome TEXT, serial_number TEXT, procedure_id TEXT, stored_at REAL,
     tries INTEGER DEFAULT 0, tried_at REAL, failed_at REAL, next_try_at REAL DEFAULT 0,
     error TEXT, exit_code INTEGER, content TEXT, origin TEXT, run_id TEXT, target TEXT,
-    hop TEXT, came TEXT,
-    ended_at REAL);
+    hop TEXT, came TEXT, ended_at REAL);
 CREATE INDEX entry_by_ref ON entry (ref);
 CREATE INDEX entry_by_state ON entry (state, id);
 CREATE TABLE file (id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER, name TEXT, size INTEGER,
@@ -1654,9 +1650,9 @@ class Queue:
             self.connection.row_factory = sqlite3.Row
             if new:     # before anything else: later it is ignored without a word
                 self.run("PRAGMA auto_vacuum = INCREMENTAL")
-            self.run("PRAGMA synchronous = FULL")
-            if sqlite3.sqlite_version_info >= (3, 12):      # before, EXTRA would mean NORMAL
-                self.run("PRAGMA synchronous = EXTRA")
+            # before 3.12 EXTRA would mean NORMAL
+            self.run("PRAGMA synchronous = "
+                     + ("EXTRA" if sqlite3.sqlite_version_info >= (3, 12) else "FULL"))
             self.run("PRAGMA secure_delete = OFF")
             if not self.run("SELECT name FROM sqlite_master"):
                 with self.transaction():
@@ -1682,11 +1678,12 @@ class Queue:
         number = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
         with open(number, "rb") as file:
             head = file.read(100)
+        ours = head[:16] == b"SQLite format 3\0"
         if not head or head[:16] == bytes(16) and os.path.exists(self.path + "-journal"):
             return True
-        if head[:16] == b"SQLite format 3\0" and not any(head[40:44] + head[60:64] + head[68:72]):
+        if ours and not any(head[40:44] + head[60:64] + head[68:72]):
             return True     # auto_vacuum was set, no table was ever made
-        if head[:16] != b"SQLite format 3\0" or head[68:72] != APPLICATION_ID.to_bytes(4, "big"):
+        if not ours or head[68:72] != APPLICATION_ID.to_bytes(4, "big"):
             raise self.unusable("it is not a queue file")
         if int.from_bytes(head[60:64], "big") > SCHEMA_VERSION:
             raise self.unusable(f"a newer version of {PROG} made it")
@@ -1734,21 +1731,21 @@ class Queue:
                 self.run("ROLLBACK")
             raise
 
-    def entries(self, where="state != 'storing'", *values):
+    def entries(self, where, *values):
         """Entries (dicts) without what is large, oldest first."""
         return [dict(row) for row in self.run(
             "SELECT id, ref, state, units, outcome, serial_number, procedure_id, stored_at, tries, "
             "tried_at, failed_at, next_try_at, error, exit_code, content, origin, run_id, target, "
-            "hop, came "
-            f"FROM entry WHERE {where} ORDER BY id", *values)]
+            f"hop, came FROM entry WHERE state != 'storing' AND {where} ORDER BY id", *values)]
 
     def same(self, ref):
-        return self.entries("ref = ? AND state != 'storing'", ref)
+        """The entry of a ref, or None: there is one at most."""
+        return next(iter(self.entries("ref = ?", ref)), None)
 
     def find(self, ref):
         """The entry whose ref begins so; NotFound or BadInput where none or several do."""
-        found = self.same(ref) or self.entries("substr(ref, 1, ?) = ? AND state != 'storing'",
-                                               len(ref), ref) if ref else []
+        found = self.entries("ref = ?", ref) or self.entries(
+            "substr(ref, 1, ?) = ?", len(ref) or 1, ref)
         found = [entry for entry in found if entry["state"] not in ("sent", "moved")] or found
         if len(found) > 1:
             raise BadInput(f"{len(found)} entries begin with {ref[:80]}", "give more of it")
@@ -1777,41 +1774,45 @@ class Queue:
 
     def put(self, values, files, origin=None):
         """Enters an entry with its files, or adds to the one that is there what it lacks."""
-        def holds(entry):
-            return {(file.name, file.digest) for file in self.files(entry["id"])}
+        ref, came = values["ref"], values.get("came")
 
         def over(old):      # it came back; another server's receipt
-            return (old["state"] == "moved" and values.get("came") not in (None, old["came"])
+            return (old["state"] == "moved" and came not in (None, old["came"])
                     or old["state"] == "sent" and origin not in (None, old["origin"]))
-        have = set().union(*[holds(old) for old in self.same(values["ref"]) if not over(old)])
-        files = [file for file in files if not have or (file.name, file.sha256()) not in have]
+        old = self.same(ref)
+        if old and not over(old):
+            files = self.lacks(old, files)
         with self.transaction():
             self.drop("state = 'storing' AND stored_at < ?", time.time() - 86400)
             mine = self.insert("entry", **dict(values, state="storing"))
             for file in files:
                 self.copy_in(mine, file)
-            for old in self.same(values["ref"]):
-                if old["content"] != values["content"]:
-                    raise BadInput(f"client_run_ref {values['ref'][:80]} is another run's in "
-                                   f"{self.path}", "give each run a reference of its own, or none")
-                if over(old):
-                    self.drop("id = ?", old["id"])
-                    continue
-                if old["state"] == "moving" and values.get("came") not in (None, old["came"]):
-                    raise self.unusable("a move out of it is not finished: repeat that first, to "
-                                        + old["target"].partition(" ")[2])
-                new = [file for file in self.files(mine)
-                       if (file.name, file.digest) not in holds(old)]
+            old = self.same(ref)        # it may have come meanwhile
+            if old and old["content"] != values["content"]:
+                raise BadInput(f"client_run_ref {ref[:80]} is another run's in {self.path}",
+                               "give each run a reference of its own, or none")
+            if old and over(old):
+                self.drop("id = ?", old["id"])
+            elif old:
+                there = (old["target"] or "").partition(" ")[2]
+                if old["state"] == "moving" and came not in (None, old["came"]):
+                    raise self.unusable(
+                        f"a move out of it is not finished: repeat that first, to {there}")
+                new = self.lacks(old, self.files(mine))
                 if new and old["state"] in ("moving", "moved"):
-                    raise self.unusable(f"this run has gone to {old['target'].partition(' ')[2]}")
+                    raise self.unusable(f"this run has gone to {there}")
                 for file in new:
                     self.run("UPDATE file SET entry = ? WHERE id = ?", old["id"], file.number)
                 self.drop("id = ?", mine)
                 if new and old["state"] == "sent":
                     self.change(old["id"], state="waiting", next_try_at=0, body=values["body"])
             self.run("UPDATE entry SET state = 'waiting' WHERE id = ?", mine)
-            found = self.same(values["ref"])[0]     # after the COMMIT nothing may fail
-        return found
+            return self.same(ref)       # here: after the COMMIT nothing may fail
+
+    def lacks(self, entry, files):
+        """Those of the files that the entry does not hold: name and content tell."""
+        have = {(file.name, file.sha256()) for file in self.files(entry["id"])}
+        return [file for file in files if not have or (file.name, file.sha256()) not in have]
 
     def copy_in(self, entry, file):
         """Copies a file in, in transactions of 16 MiB: others can write between them."""
@@ -1835,11 +1836,9 @@ class Queue:
         self.run(f"DELETE FROM file WHERE entry IN {chosen}", *values)
         self.run(f"DELETE FROM entry WHERE {where}", *values)
 
-    def end(self, number, state, has_files=True, **more):
+    def end(self, number, state, **more):
         """Makes an entry a receipt: what is large goes."""
-        if has_files:
-            self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)",
-                     number)
+        self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)", number)
         self.change(number, state=state, body=None, error=None, ended_at=time.time(), **more)
 
     def tidy(self):
@@ -1861,12 +1860,10 @@ class Queue:
                 lock = self.sqlite3.connect(self.name + ".lock", timeout=0, isolation_level=None)
                 stack.callback(lock.close)
                 lock.execute("BEGIN EXCLUSIVE")
-                alone = True
             except self.sqlite3.Error as error:
                 if "locked" not in str(error):
                     raise self.unusable(f"its .lock file: {error}") from None
-                alone = False
-            yield alone
+            yield lock.in_transaction
 
     def meta(self):
         counts = dict(tuple(row) for row in
@@ -1921,20 +1918,15 @@ def after_failure(error, tries, waited_for_unit):
     return "parked", 0, "go on"
 
 
-def held_back(entry):
-    """The units whose other runs wait for this one; where it waits for its sub-units, they pass."""
-    return {entry["serial_number"].lower()} if entry["exit_code"] == 5 else entry["units"]
-
-
 class Pass:
     """One pass over a queue: what is due is sent, oldest first."""
 
     def __init__(self, queue, client, tell=lambda text: None, force=None):
         """`force`: entries that do not wait for their time: a set of refs, or all with ()."""
         self.queue, self.client, self.tell, self.force = queue, client, tell, force
-        self.sent, self.unsent, self.codes, self.marked = [], [], set(), set()
-        self.streak, self.over, self.since = 0, False, 0
-        self.fresh, self.busy = [], set()       # what went and has no receipt yet, and its units
+        self.sent, self.unsent, self.marked = [], [], set()
+        self.fresh, self.since = [], 0          # what went and has no receipt yet, since when
+        self.streak, self.over = 0, False
 
     def run(self):
         """False where another process is sending this queue."""
@@ -1952,26 +1944,23 @@ class Pass:
 
     def send_all(self):
         """Sends what is due; an entry that shares a unit with an older one waits for it."""
-        ready, blocked, now, here = [], set(), time.time(), self.client.login.url
-        self.have_files = {row["entry"] for row in self.queue.run("SELECT entry FROM file")}
-        for entry in self.queue.entries("state = 'waiting'"):
+        blocked, now, here = set(), time.time(), self.client.login.url
+        entries = self.queue.entries("state = 'waiting'")
+        for entry in entries:
             entry["units"] = set(json.loads(entry["units"]))
             forced = self.force is not None and (not self.force or entry["ref"] in self.force)
             elsewhere = entry["origin"] not in (None, here)
+            entry["ready"] = not elsewhere and (forced or is_due(entry, now))
             if elsewhere:
                 self.queue.change(entry["id"], error=f"begun at {entry['origin']}, waits for it")
-            if elsewhere or not (forced or is_due(entry, now)):
-                entry["ref"] = None
-            ready.append(entry)
-        for number, entry in enumerate(ready):
-            if entry["ref"] is None or entry["units"] & blocked:
-                blocked |= held_back(entry)
-                continue
-            if entry["id"] not in self.marked and entry["tried_at"] is None:
-                self.mark(ready[number:number + BATCH], here)
-            self.send(entry)
-            if entry["state"] == "waiting":
-                blocked |= held_back(entry)
+        for number, entry in enumerate(entries):
+            if entry["ready"] and not entry["units"] & blocked:
+                if entry["tried_at"] is None and entry["id"] not in self.marked:
+                    self.mark(entries[number:number + BATCH], here)
+                self.send(entry)
+            if entry["state"] == "waiting":     # for its sub-units (5)? Then those pass
+                blocked |= {entry["serial_number"].lower()} if (
+                    entry["exit_code"] == 5) else entry["units"]
             if self.over:
                 return
 
@@ -1979,40 +1968,40 @@ class Pass:
         """Commits that these may go out from now on."""
         with self.queue.transaction():
             for entry in entries:
-                if entry["ref"] and entry["tried_at"] is None:
+                if entry["ready"] and entry["tried_at"] is None:
                     self.queue.change(entry["id"], tried_at=time.time(), origin=here)
                     self.marked.add(entry["id"])
 
     def send(self, entry):
         """Sends one entry and its files; its new state stands in it."""
-        queue, number, run_id = self.queue, entry["id"], entry["run_id"]
-        body = json.loads(queue.body(number))
+        queue, number, taken = self.queue, entry["id"], ()
+        body, files = json.loads(queue.body(number)), queue.files(number)
         self.marked.discard(number)
-        if entry["tried_at"] or entry["units"] & self.busy:
+        if entry["tried_at"] or any(entry["units"] & other["units"] for other in self.fresh):
             self.flush()        # a look must know which runs are others
         try:
-            if not run_id:
-                taken = {row["run_id"] for row in queue.run(
-                    "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
-                    entry["serial_number"])} if entry["tried_at"] else ()
-                run_id = self.client.send_create(body, entry["tried_at"], taken)["id"]
-            if number in self.have_files:
+            if not entry["run_id"]:
+                if entry["tried_at"]:
+                    taken = {row["run_id"] for row in queue.run(
+                        "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
+                        entry["serial_number"])}
+                entry["run_id"] = self.client.send_create(body, entry["tried_at"], taken)["id"]
+            if files:
                 self.flush()
-                queue.change(number, run_id=run_id)
-                attach(self.client, run_id, queue.files(number))
+                queue.change(number, run_id=entry["run_id"])
+                attach(self.client, entry["run_id"], files)
         except QueueUnusable:
             raise
         except Error as error:
-            self.failed(entry, body, error, run_id)
+            self.failed(entry, body, error)
             return
         self.since = self.since if self.fresh else time.monotonic()
-        self.fresh.append((entry, run_id))
-        self.busy |= entry["units"]
+        self.fresh.append(entry)
         if len(self.fresh) >= BATCH or time.monotonic() - self.since > 1:
             self.flush()
         self.streak = 0
-        self.sent.append(dict(entry, run_id=run_id))
-        self.tell(f"sent {entry['serial_number']} {entry['outcome']} as run {run_id}")
+        self.sent.append(entry)
+        self.tell(f"sent {entry['serial_number']} {entry['outcome']} as run {entry['run_id']}")
         entry["state"] = "sent"
 
     def flush(self):
@@ -2022,33 +2011,31 @@ class Pass:
         with self.queue.transaction():
             unfinished = {row["entry"] for row in
                           self.queue.run("SELECT entry FROM file WHERE done = 0")}
-            for entry, run_id in self.fresh:
-                number = entry["id"]
-                if number in unfinished:       # it got more files meanwhile
-                    self.queue.change(number, run_id=run_id)
+            for entry in self.fresh:
+                if entry["id"] in unfinished:       # it got more files meanwhile
+                    self.queue.change(entry["id"], run_id=entry["run_id"])
                 else:
-                    self.queue.end(number, "sent", number in self.have_files, run_id=run_id)
-        self.fresh, self.busy = [], set()
+                    self.queue.end(entry["id"], "sent", run_id=entry["run_id"])
+        self.fresh = []
 
-    def failed(self, entry, body, error, run_id):
+    def failed(self, entry, body, error):
         self.flush()
-        now = time.time()
+        now, url = time.time(), self.client.login.url
         state, wait, effect = after_failure(
             error, entry["tries"], now - entry["stored_at"] if body.get("sub_units") else None)
-        unsure = run_id or entry["tried_at"] or isinstance(error, Unavailable) and error.sent
-        code = 5 if isinstance(error, NotFound) else error.exit_code
+        unsure = (entry["run_id"] or entry["tried_at"]
+                  or isinstance(error, Unavailable) and error.sent)
         told = "; ".join(error.issues[:20] + [" ".join(error.message.split())]).encode(
             "utf-8", "backslashreplace").decode()
+        entry.update(state=state, error=told,
+                     exit_code=5 if isinstance(error, NotFound) else error.exit_code)
         self.queue.change(
             entry["id"], state=state, tries=entry["tries"] + 1, failed_at=now,
-            next_try_at=now + wait, exit_code=code, error=told[:4000],
-            tried_at=(entry["tried_at"] or now) if unsure else None,
-            origin=self.client.login.url if unsure else None)
-        self.codes.add(code)
+            next_try_at=now + wait, exit_code=entry["exit_code"], error=told[:4000],
+            tried_at=(entry["tried_at"] or now) if unsure else None, origin=url if unsure else None)
+        self.unsent.append(entry)
         self.streak = self.streak + 1 if effect == "count" else 0
         self.over = effect == "end" or self.streak >= 3
-        entry.update(state=state, exit_code=code)
-        self.unsent.append(dict(entry, error=told))
         self.tell(f"{state} {entry['serial_number']}: {told[:300]}"
                   + (f"; next try in {wait:.0f} s" if wait else ""))
 
@@ -2066,24 +2053,24 @@ def move(queue, path):
             if target.identity == queue.identity:
                 raise BadInput("source and target are the same queue")
             for entry in queue.entries("state = 'moving'"):
-                if entry["target"].split()[0] != target.identity:
-                    raise BadInput("a move to another file is not finished: "
-                                   + entry["target"].partition(" ")[2], "move to that file first")
-            token = os.urandom(16).hex()
+                identity, _, other = entry["target"].partition(" ")
+                if identity != target.identity:
+                    raise BadInput(f"a move to another file is not finished: {other}",
+                                   "move to that file first")
             with queue.transaction():
-                queue.run("UPDATE entry SET state = 'moving', target = ?, hop = ? || id "
-                          "WHERE state = 'waiting'", f"{target.identity} {target.path}", token)
+                queue.run("UPDATE entry SET state = 'moving', target = ?, hop = ? || id WHERE "
+                          "state = 'waiting'", f"{target.identity} {target.path}",
+                          os.urandom(16).hex())
             moving = queue.entries("state = 'moving'")
             for number, entry in enumerate(moving):
-                values = dict(entry, body=queue.body(entry["id"]), target=None, hop=None,
+                values = dict(entry, id=None, body=queue.body(entry["id"]), target=None, hop=None,
                               came=entry["hop"])
-                del values["id"], values["state"]
                 try:
                     target.put(values, queue.files(entry["id"]))
                 except Error:       # full, or gone: what surely is not there stays here
                     for rest in moving[number:]:
-                        if rest["content"] not in [old["content"] for old in
-                                                   target.same(rest["ref"])]:
+                        there = target.same(rest["ref"])
+                        if not there or there["content"] != rest["content"]:
                             queue.change(rest["id"], state="waiting", target=None, hop=None)
                     raise
                 with queue.transaction():
@@ -2878,15 +2865,16 @@ def run_queue_send(call, force=None):
                     queue.change(entry["id"], state="waiting", next_try_at=0)
         work = Pass(queue, client, call.log, force)
         alone, meta = work.run(), queue.meta()
+    codes = {entry["exit_code"] for entry in work.unsent}
     if not alone:
         call.note("another process is sending this queue: nothing to do")
     elif meta["parked"]:
-        work.codes.add(5)
+        codes.add(5)
     runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
     document = dict(sent=len(runs), waiting=meta["waiting"], parked=meta["parked"], runs=runs)
     told = "{sent} sent, {waiting} waiting, {parked} parked".format(**document)
     result = Result(document, [told], runs,
-                    status=next((code for code in (3, 5, 6) if code in work.codes), 0))
+                    status=next((code for code in (3, 5, 6) if code in codes), 0))
     if result.status and (call.quiet or call.format == "json"):     # else the lines have told it
         result.error = {3: AccessDenied, 5: Refused, 6: Unavailable}[result.status](
             told + "".join(f"; {entry['serial_number']}: {entry['error']}"
