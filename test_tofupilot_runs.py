@@ -3640,6 +3640,21 @@ class ExactlyOnce(QueueCase):
             self.assertEqual(len(on_server(box)["A"]), 6)   # those of other entries are known
         self.with_both(check)
 
+    def test_a_twin_is_not_adopted_when_a_kept_connection_is_dead(self):
+        """Control: with the runs of other entries unknown, the second run is lost.
+
+        An old server shows no phases in a row, so these two differ in nothing that a look sees.
+        """
+        for name in ("one", "two"):
+            self.do(*create("A", "--offline", "--phases", json.dumps([{
+                "name": name, "outcome": "PASS", "started_at": "2026-05-19T08:00:00Z",
+                "ended_at": "2026-05-19T08:00:01Z"}])))
+        with Sandbox(knows_ref=False) as box:
+            self.use(box)
+            box.fault("drop-before", "POST /v2/runs", skip=1)
+            self.do("queue", "send")
+            self.assertEqual(len(on_server(box)["A"]), 2)
+
     def kill_at_request(self, number, drop, *argv):
         """Runs a command line that is killed when its request of this number arrives -> Ran."""
         known, seen = threading.Event(), []

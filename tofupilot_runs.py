@@ -1267,11 +1267,11 @@ class Client:
             if found:
                 return found
 
-    def send_create(self, body, first_try=None, taken=()):
+    def send_create(self, body, first_try=None, taken=set):
         """Creates the run of a checked body that has its client_run_ref: {"id"}.
 
         `first_try`: when (time.time()) an earlier attempt may have arrived, None for never; then
-        it looks before it sends. `taken`: IDs of runs that are known to be others.
+        it looks before it sends. `taken` gives the IDs of runs that are known to be others.
         """
         since = first_try or time.time()
 
@@ -1307,7 +1307,7 @@ class Client:
             passed = ours - since
             earliest = theirs - passed - 600 if passed >= 0 else 0      # our clock was set back
             for row in rows:
-                if (row.get("id") not in taken and same_run(row, body)
+                if (same_run(row, body) and row.get("id") not in taken()
                         and (epoch(row.get("created_at")) or theirs) >= earliest):
                     return {"id": row["id"]}
         return None
@@ -1974,17 +1974,18 @@ class Pass:
 
     def send(self, entry):
         """Sends one entry and its files; its new state stands in it."""
-        queue, number, taken = self.queue, entry["id"], ()
+        queue, number = self.queue, entry["id"]
         body, files = json.loads(queue.body(number)), queue.files(number)
         self.marked.discard(number)
         if entry["tried_at"] or any(entry["units"] & other["units"] for other in self.fresh):
             self.flush()        # a look must know which runs are others
+
+        def taken():
+            return {row["run_id"] for row in queue.run(
+                "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
+                entry["serial_number"])}
         try:
             if not entry["run_id"]:
-                if entry["tried_at"]:
-                    taken = {row["run_id"] for row in queue.run(
-                        "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
-                        entry["serial_number"])}
                 entry["run_id"] = self.client.send_create(body, entry["tried_at"], taken)["id"]
             if files:
                 self.flush()
