@@ -1665,7 +1665,8 @@ class Queue:
         except OSError as error:
             raise self.unusable(error.strerror) from None
         except BaseException as error:
-            self.close()
+            if self.connection:
+                self.connection.close()
             if isinstance(error, sqlite3.Error):
                 raise self.unusable(error) from None
             raise
@@ -1693,15 +1694,11 @@ class Queue:
         return QueueUnusable(f"cannot use the queue {self.path}: {why}",
                              "check the path, its rights and the room on the disk")
 
-    def close(self):
-        if self.connection:
-            self.connection.close()
-
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self.connection.close()
 
     def run(self, sql, *values):
         """The rows of one statement."""
@@ -1866,8 +1863,7 @@ class Queue:
             yield lock.in_transaction
 
     def meta(self):
-        counts = dict(tuple(row) for row in
-                      self.run("SELECT state, count(*) FROM entry GROUP BY state"))
+        counts = dict(map(tuple, self.run("SELECT state, count(*) FROM entry GROUP BY state")))
         return dict({state: counts.get(state, 0) for state in ("waiting", "parked", "sent")},
                     file=self.path, bytes=os.path.getsize(self.path))
 
@@ -1925,7 +1921,7 @@ class Pass:
         """`force`: entries that do not wait for their time: a set of refs, or all with ()."""
         self.queue, self.client, self.tell, self.force = queue, client, tell, force
         self.sent, self.unsent, self.marked = [], [], set()
-        self.fresh, self.since = [], 0          # what went and has no receipt yet, since when
+        self.fresh, self.flushed = [], time.monotonic()     # what went and has no receipt yet
         self.streak, self.over = 0, False
 
     def run(self):
@@ -1958,9 +1954,9 @@ class Pass:
                 if entry["tried_at"] is None and entry["id"] not in self.marked:
                     self.mark(entries[number:number + BATCH], here)
                 self.send(entry)
-            if entry["state"] == "waiting":     # for its sub-units (5)? Then those pass
-                blocked |= {entry["serial_number"].lower()} if (
-                    entry["exit_code"] == 5) else entry["units"]
+            if entry["state"] == "waiting":     # where it waits for its sub-units (5), they pass
+                serial = {entry["serial_number"].lower()}
+                blocked |= serial if entry["exit_code"] == 5 else entry["units"]
             if self.over:
                 return
 
@@ -1996,9 +1992,8 @@ class Pass:
         except Error as error:
             self.failed(entry, body, error)
             return
-        self.since = self.since if self.fresh else time.monotonic()
         self.fresh.append(entry)
-        if len(self.fresh) >= BATCH or time.monotonic() - self.since > 1:
+        if len(self.fresh) >= BATCH or time.monotonic() - self.flushed > 1:
             self.flush()
         self.streak = 0
         self.sent.append(entry)
@@ -2017,7 +2012,7 @@ class Pass:
                     self.queue.change(entry["id"], run_id=entry["run_id"])
                 else:
                     self.queue.end(entry["id"], "sent", run_id=entry["run_id"])
-        self.fresh = []
+        self.fresh, self.flushed = [], time.monotonic()
 
     def failed(self, entry, body, error):
         self.flush()
