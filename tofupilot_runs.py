@@ -1366,9 +1366,11 @@ class LocalFile:
     """A regular file that is to be attached. BadInput if it cannot be read or is no such file."""
 
     def __init__(self, path, name=None):
-        self.path, self.upload_id, self.done, self.state = path, None, False, None
+        self.path, self.upload_id, self.done = path, None, False
         self.name = name or os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
-        self.open().close()
+        with self.open() as file:
+            now = os.fstat(file.fileno())
+        self.size, self.changed = now.st_size, now.st_mtime_ns
 
     def open(self):
         try:
@@ -1377,12 +1379,9 @@ class LocalFile:
         except OSError as error:
             raise BadInput(f"cannot read {self.path}: {error.strerror}",
                            "name a file that this user can read") from None
-        state = os.fstat(number)
-        if not stat.S_ISREG(state.st_mode):      # a FIFO would block for ever
+        if not stat.S_ISREG(os.fstat(number).st_mode):      # a FIFO would block for ever
             os.close(number)
             raise BadInput(f"{self.path} is not a regular file", "name a file")
-        self.state = self.state or (state.st_size, state.st_mtime_ns)
-        self.size = self.state[0]
         return open(number, "rb")
 
     def blocks(self):
@@ -1393,7 +1392,7 @@ class LocalFile:
                 left -= len(block)
                 yield block
             now = os.fstat(file.fileno())
-            if left or (now.st_size, now.st_mtime_ns) != self.state:
+            if left or (now.st_size, now.st_mtime_ns) != (self.size, self.changed):
                 raise BadInput(f"{self.path} changed while it was read",
                                "run the command again when nothing writes to it")
 
