@@ -521,8 +521,6 @@ ROW = """run.*, procedure.name AS procedure_name, version.number AS tag, unit.sa
     station.name AS station_name, operator.email AS operator_email,
     coalesce(operator.name, run.operator_name) AS operated_by"""
 
-Caller = collections.namedtuple("Caller", "type id name email role")  # type user or station
-
 
 class Refused(Exception):
     """An error answer, of the arguments of error_reply: status, message, issues, code."""
@@ -578,8 +576,10 @@ class Store:
                 self.make()
             self.settings = {s["name"]: s["value"] for s in self.all("SELECT * FROM settings")}
         except sqlite3.Error:
-            self.db.close()
+            self.close()
             raise
+        self.folder = path + ".files" if path else tempfile.mkdtemp("", "sandbox")
+        os.makedirs(self.folder, exist_ok=True)
 
     def close(self):
         self.db.close()
@@ -599,6 +599,7 @@ class Store:
 
     def all(self, sql, *values): return self.db.execute(sql, values).fetchall()
     def one(self, sql, *values): return self.db.execute(sql, values).fetchone()
+    def object_path(self, id): return os.path.join(self.folder, id)
 
     def add(self, table, **columns):
         sql = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks(columns)})"
@@ -615,7 +616,7 @@ class Store:
 
     def caller(self, key):
         row = self.one("SELECT type, id, name, email, role FROM accounts WHERE key = ?", key)
-        return row and Caller(**row)
+        return row and SimpleNamespace(**row)     # type: user or station
 
     def may_use(self, who, procedure_id):
         return who.type == "user" or self.one(
@@ -817,8 +818,8 @@ class Store:
         return {"url": self.sign("GET", args["id"])}
 
     def whoami(self, who, args):
-        caller = {name: value for name, value in who._asdict().items() if value and name in (
-            "id", "name", "email")}
+        caller = {name: value for name, value in vars(who).items()
+                  if value and name in ("id", "name", "email")}
         return dict({"type": who.type, "station": None, "user": None, "organization": {
             "id": self.settings["organization_id"], "slug": "sandbox", "name": "Sandbox"}},
             **{who.type: caller})
@@ -831,13 +832,6 @@ class Store:
                              f"{method}\n{id}\n{expires}".encode(), "sha256").hexdigest()
         return (f"{self.origin}/storage/{quote(id, safe='')}"
                 f"?expires={expires}&signature={signature}")
-
-    def object_path(self, id):
-        with self.lock:
-            if not self.folder:
-                self.folder = self.path + ".files" if self.path else tempfile.mkdtemp("", "sandbox")
-                os.makedirs(self.folder, exist_ok=True)
-        return os.path.join(self.folder, id)
 
     def put_object(self, id, blocks, content_type):
         """Stores the blocks as the bytes of an upload; nothing of them if they break off."""
@@ -1861,11 +1855,10 @@ class WrongInput(Case):
 class PureFunctions(unittest.TestCase):
     def table(self, function, *cases):
         for value, expected in cases:
-            with self.subTest(value=value):
-                if expected is ValueError:
-                    self.assertRaises(ValueError, function, value)
-                else:
-                    self.assertEqual(function(value), expected)
+            if expected is ValueError:
+                self.assertRaises(ValueError, function, value)
+            else:
+                self.assertEqual(function(value), expected, repr(value))
 
     def test_times_are_read_in_every_form_and_wrong_ones_refused(self):
         now = datetime.datetime(2026, 5, 19, 8, tzinfo=datetime.timezone.utc)
@@ -2822,9 +2815,9 @@ class Tls(Case):
         self.assertRegex(self.fails(6, "ls").err, "(?s)127.0.0.1.*--ca-cert.*clock")
         self.fails(6, "ls", *mine, "--url", self.box.url.replace("127.0.0.1", "localhost"))
         for name in ("other", "old", "self"):
-            with Sandbox(tls=self.server(name)) as box:
-                self.fails(6, "ls", *mine, "--url", box.url)
-                self.assertEqual(box.requests, [])
+            box = self.another(tls=self.server(name))
+            self.fails(6, "ls", *mine, "--url", box.url)
+            self.assertEqual(box.requests, [])
         for path in (self.file("garbage", b"x"), self.folder, log, self.file("empty", b"")):
             self.fails(2, "ls", "--ca-cert", path)
         self.env["TOFUPILOT_CA_CERT"], path, other = self.ca, self.file("a.txt"), self.another()
@@ -2842,24 +2835,22 @@ class Tls(Case):
         refuses.fault("status", times=None, status=407, body=b"")
         self.env.update(TOFUPILOT_CA_CERT=self.ca, TOFUPILOT_API_KEY=self.box.user_key)
         login = "http://user:s3cret@" + peer.host
-        with Sandbox() as box:
-            plain = {"TOFUPILOT_URL": box.url, "TOFUPILOT_API_KEY": box.user_key}
-            way, path = {"HTTPS_PROXY": login}, self.file("a.txt")
-            text = [self.ok(*CREATE, "--attach", path, "-v", env=way)]
-            self.assertEqual([head.split()[0] for head in peer.heads], ["CONNECT"])
-            text += [self.ok("check", env=way),
-                     self.ok("ls", "-v", env=dict(plain, http_proxy=login))]
-            self.ok("ls", env=dict(way, NO_PROXY="127.0.0.1"))
-            self.assertEqual([head.split()[0] for head in peer.heads], ["CONNECT"] * 2 + ["GET"])
-            for head in peer.heads:
-                self.assertIn("Basic dXNlcjpzM2NyZXQ=", head)
-                self.assertNotIn(self.box.user_key, head)
-            for record in self.box.requests:
-                self.assertNotIn("proxy-authorization", record.headers)
-            for host in (refuses.host, "127.0.0.1:1"):
-                bad = "http://user:s3cret@" + host
-                for env in ({"HTTPS_PROXY": bad}, dict(plain, http_proxy=bad)):
-                    text += [self.fails(6, name, "-v", *ONCE, env=env) for name in ("ls", "check")]
+        box, way, path = self.another(), {"HTTPS_PROXY": login}, self.file("a.txt")
+        plain = {"TOFUPILOT_URL": box.url, "TOFUPILOT_API_KEY": box.user_key}
+        text = [self.ok(*CREATE, "--attach", path, "-v", env=way)]
+        self.assertEqual([head.split()[0] for head in peer.heads], ["CONNECT"])
+        text += [self.ok("check", env=way), self.ok("ls", "-v", env=dict(plain, http_proxy=login))]
+        self.ok("ls", env=dict(way, NO_PROXY="127.0.0.1"))
+        self.assertEqual([head.split()[0] for head in peer.heads], ["CONNECT"] * 2 + ["GET"])
+        for head in peer.heads:
+            self.assertIn("Basic dXNlcjpzM2NyZXQ=", head)
+            self.assertNotIn(self.box.user_key, head)
+        for record in self.box.requests:
+            self.assertNotIn("proxy-authorization", record.headers)
+        for host in (refuses.host, "127.0.0.1:1"):
+            bad = "http://user:s3cret@" + host
+            for env in ({"HTTPS_PROXY": bad}, dict(plain, http_proxy=bad)):
+                text += [self.fails(6, name, "-v", *ONCE, env=env) for name in ("ls", "check")]
         self.assertNotRegex("".join(map(repr, text)), "s3cret|dXNl")
 
 
@@ -3040,33 +3031,29 @@ spec = importlib.util.spec_from_file_location("tofupilot_runs", sys.argv[1])
 runs = sys.modules["tofupilot_runs"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(runs)
 
-def child(folder, env, argv, patch, n, alarm):
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(env)
-    for number, name in enumerate([os.devnull] + sys.argv[2:]):
-        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(file, number)
-        os.close(file)
-    random.seed()
-    exec(patch, {"runs": runs, "os": os, "sys": sys, "n": n})
-    signal.setitimer(signal.ITIMER_REAL, alarm)     # nothing catches it: it ends as by SIGKILL
-    return runs.main(argv)
-
 for line in sys.stdin:
+    folder, env, argv, patch, n, alarm = json.loads(line)
     pid = os.fork()
     if not pid:
         status = 99
         try:
-            status = child(*json.loads(line))
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(env)
+            for number, name in enumerate([os.devnull] + sys.argv[2:]):
+                file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+                os.dup2(file, number)
+                os.close(file)
+            random.seed()
+            exec(patch, {"runs": runs, "os": os, "sys": sys, "n": n})
+            signal.setitimer(signal.ITIMER_REAL, alarm)     # nothing catches it: as by SIGKILL
+            status = runs.main(argv)
             sys.stdout.flush()
         finally:
             os._exit(status)
-    sys.__stdout__.write("%d\n" % pid)
-    sys.__stdout__.flush()
+    print(pid, file=sys.__stdout__, flush=True)
     status = os.waitpid(pid, 0)[1]
-    sys.__stdout__.write("%d\n" % (-(status & 127) or status >> 8))
-    sys.__stdout__.flush()
+    print(-(status & 127) or status >> 8, file=sys.__stdout__, flush=True)
 """
 AT_STATEMENT = """
 real, seen = runs.Queue.run, [0]
@@ -3891,13 +3878,12 @@ class Stored(QueueCase):
     def test_nothing_that_happens_after_the_commit_is_told_as_a_failure(self):
         """Ctrl-C, or a queue that cannot be read any more, at each statement after the COMMIT."""
         self.offline("old")
-        for name, what in (("ctrl-c", "os.kill(os.getpid(), 2)"),
-                           ("locked", "raise self.unusable('database is locked')")):
-            for number in range(1, 6):
-                with self.subTest(name, number=number):
-                    patch = AT_STATEMENT % (
-                        "sql == 'COMMIT': seen[0] = 1000\n    if seen[0] == 1000 + n: " + what)
-                    self.do(*create(f"{name}-{number}", "--offline"), n=number, patch=patch)
+        for (name, what), number in itertools.product((
+                ("ctrl-c", "os.kill(os.getpid(), 2)"),
+                ("locked", "raise self.unusable('database is locked')")), range(1, 6)):
+            patch = AT_STATEMENT % (
+                "sql == 'COMMIT': seen[0] = 1000\n    if seen[0] == 1000 + n: " + what)
+            self.do(*create(f"{name}-{number}", "--offline"), n=number, patch=patch)
         self.assertEqual(self.states(), {"waiting": 11})
 
     def test_a_server_that_never_answers_holds_a_create_for_a_limited_time(self):
@@ -4331,7 +4317,6 @@ class SmallPromises(Case):
 
 @unittest.skipUnless(shutil.which("bash"), "the recipes are for a shell: bash is missing")
 class Readme(Case):
-
     def setUp(self):
         super().setUp()
         with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
@@ -4559,9 +4544,9 @@ def test_classes():
 
 def run_class(name, python):
     """(output, passed, failed, skipped) of one class of tests, in a process of its own."""
-    process = subprocess.Popen([python, "-B", "-X", "dev", "-W", "error", os.path.abspath(__file__),
-                                "test", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = process.communicate()[0].decode("utf-8", "replace")
+    output = subprocess.run([python, "-B", "-X", "dev", "-W", "error", os.path.abspath(__file__),
+                             "test", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = output.stdout.decode("utf-8", "replace")
     counts = re.search(r"^(\d+) passed, (\d+) failed, (\d+) skipped$", output, re.M)
     return (output,) + (tuple(map(int, counts.groups())) if counts else (0, 1, 0))
 
