@@ -2323,6 +2323,13 @@ class Deleting(Case):
         gone, missing = self.ok("rm", "--ids", NOBODY, id).out.split("Not there")
         self.assertTrue(id in gone and NOBODY in missing, missing)
         self.fails(4, "rm", "--ids", NOBODY)
+        self.box.store.fill(101)
+        ids = self.stored()
+        ran = self.fails(4, "rm", "--ids", *ids[:100], "x", ids[100])
+        self.assertIn("no run x (400)", ran.err)
+        self.assertIn("100 of 102 runs were deleted", ran.err)
+        self.assertEqual(self.stored(), ids[100:])
+        self.ok("rm", "--ids", ids[100])
         self.says("DELETE /v2/runs", {"id": "no list"})
         self.fails(6, "rm", "--ids", NOBODY)
         self.box.calm()
@@ -3366,6 +3373,32 @@ class Queueing(QueueCase):
         self.delivered("A", "B")
         self.assertEqual(self.do("queue", "send").err, "")
 
+    def test_a_run_begun_elsewhere_waits_and_is_told_each_time(self):
+        """Its first server may have it. Control: without unsent.append the exit status is 0."""
+        self.box.fault("drop-after", "POST /v2/runs")
+        self.do(*create("A"))
+        other = self.another()
+        for command, said in ("send", "waiting A: begun at "), ("retry", "begun at "):
+            self.assertIn(said + self.box.url, self.do("queue", command, box=other, status=6).out)
+        self.assertRegex(self.do("check", box=other, status=6).out, "FAIL  queue .*begun at")
+        self.assertEqual(on_server(other), {})
+        self.delivered("A")
+
+    def test_an_upload_whose_end_was_not_answered_is_not_made_again(self):
+        """Control: without the save() between initialize and PUT it is."""
+        self.with_files("A")
+        self.box.fault("status", "POST /v2/attachments/{id}/finalize")
+        self.do("queue", "send", status=6)
+        self.delivered(A=self.files)
+        self.assertEqual(len(self.sent("PUT")), len(self.files))
+
+    def test_what_waits_for_its_time_is_told_with_the_time(self):
+        self.offline("A")
+        self.box.fault("status", "POST /v2/runs", status=503, headers={"Retry-After": "3000"})
+        self.do("queue", "send", status=6)
+        self.assertRegex(self.do("queue", "send").out, r"\d 0 sent, 1 waiting, 0 parked; "
+                         r"next try in \d+m")
+
     def test_a_large_file_goes_through_in_short_transactions_and_the_room_comes_back(self):
         """Control: one transaction (no COMMIT in copy_in) or auto_vacuum 0."""
         big = {"big.bin": os.urandom(1 << 20) * 24}
@@ -3965,13 +3998,26 @@ class Moving(QueueCase):
         self.offline("A", "B")
         self.kill_move(lambda: self.states().get("moved"))
         self.assertEqual(self.states(), {"moved": 1, "moving": 1})
-        self.move(self.path, self.third, status=2)
-        self.do("queue", "send")
+        self.assertIn("queue get REF", self.move(self.path, self.third, status=2).err)
+        self.assertIn("1 moving", self.do("queue", "ls").err)
+        self.assertIn("1 moving", self.do("queue", "send").out)
+        self.assertRegex(self.do("check", status=6).out, "FAIL  queue .* 1 moving")
         self.assertEqual(self.posts(), [])
         os.rename(self.stick, self.stick + "-renamed")
         self.move(self.path, self.stick + "-renamed")
         self.assertEqual(self.states(), {"moved": 2})
         self.delivered("A", "B", at=[self.stick + "-renamed"], how="send")
+
+    def test_a_full_stick_leaves_the_rest_waiting_and_says_how_many_went(self):
+        """Control: with its old receipt on the stick taken for the run, the run stays moving."""
+        self.offline("A")
+        self.move(self.path, self.stick)
+        self.move(self.stick, self.path)
+        ran = self.move(self.path, self.stick, status=6, patch=AT_STATEMENT % (
+            'sql[:17] == "INSERT INTO entry": raise self.unusable("database or disk is full")'))
+        self.assertIn("0 of 1 run moved", ran.err)
+        self.assertEqual((self.states(), self.states(self.stick)), ({"waiting": 1}, {"moved": 1}))
+        self.delivered("A")
 
     def test_a_killed_queue_is_fine_where_it_lies(self):
         """A journal is hot (killed amid a spilled transaction): opened in place it recovers."""
@@ -4212,16 +4258,24 @@ class SmallPromises(Case):
         self.ok("queue", "rm", ref, *QUEUE)
         self.ok("queue", "send", *QUEUE)
 
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "pty, links and devices are of POSIX")
-    def test_out_keeps_devices_and_links_what_they_are_and_rm_asks_on_a_terminal(self):
-        device = "/dev/full" if os.path.exists("/dev/full") else os.devnull
-        self.run_script("ls", "--out", device)
-        self.assertTrue(stat.S_ISCHR(os.stat(device).st_mode))
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "pty, links, modes and FIFOs are of POSIX")
+    def test_out_keeps_what_is_there_and_rm_asks_on_a_terminal(self):
+        os.mkfifo("fifo")
+        with open(os.open("fifo", os.O_RDWR | os.O_NONBLOCK), "rb", 0) as fifo:
+            self.run_script("ls", "--out", "fifo", status=0)
+            self.assertIn(b"OUTCOME", fifo.read(100))
         os.symlink(self.file("target"), "link")
+        os.chmod("target", 0o600)
         self.ok("ls", "--out", "link")
         self.assertTrue(os.path.islink("link"))
+        self.assertEqual(stat.S_IMODE(os.stat("target").st_mode), 0o600)
         self.assertIn(b"OUTCOME", content("target"))
         self.assertIn("OUTCOME", self.ok("ls", "--out", "-").out)
+        with open("log", "ab") as log:      # not replaced behind the shell's back
+            log.write(b"before\n")
+            log.flush()
+            self.run_script("ls", "--out", "/dev/stdout", stdout=log, status=0)
+        self.assertRegex(content("log"), b"^before\nID\t")
         self.ok(*CREATE, "--offline", *QUEUE)
         self.assertEqual(self.terminal("queue", "rm", "f", *QUEUE, answer=b"n\n")[0], 130)
         self.assertEqual(self.ok("queue", "ls", *QUEUE, "-q").out.count("\n"), 1)
@@ -4307,6 +4361,90 @@ class SmallPromises(Case):
             ran = self.ended(self.popen(sys.executable, "-I", "-S", "-B", "-c", code), 0)
             loaded = set(ran.out.rpartition("LOADED")[2].split())
             self.assertLessEqual(loaded & costly, loads, words)
+
+    def test_a_word_too_many_is_refused_with_the_flag_that_it_lacks(self):
+        """queue send FILE would send another queue."""
+        self.ok(*CREATE, "--offline", *QUEUE)
+        for line, meant in (("queue ls q", "--queue q"), ("queue send q", "--queue q"),
+                            ("check q", "--queue q"), ("get SN-1", "--id SN-1"),
+                            ("rm a", "--ids a")):
+            self.assertIn(meant, self.fails(2, *line.split()).err)
+        self.assertIn("--queue: is empty", self.fails(2, *CREATE, "--queue", "").err)
+        self.assertIn("command is missing", self.fails(2, "queue", "--json").error["message"])
+        self.assertEqual(self.stored(), [])
+
+    def test_what_was_sent_before_is_not_told_as_new(self):
+        first = self.ok(*CREATE, *QUEUE).out
+        self.assertEqual(self.ok(*CREATE, *QUEUE).out, first.replace("Created", "Sent before:"))
+        self.assertIn("is gone", self.fails(4, "queue", "get", "f", *QUEUE, "--json").err)
+        words = create("SN-2", "--offline", *QUEUE)
+        self.ok(*words)
+        self.ok("queue", "move", "stick", *QUEUE)
+        self.assertIn("moved to " + self.at("stick"), self.ok(*words).out)
+
+    def test_a_file_for_a_run_that_is_not_there_is_not_told_as_half_done(self):
+        for more, status, said in (((), 4, "no run"), (("--url", CLOSED), 6, "cannot reach")):
+            ran = self.fails(status, "create-attachment", "--id", NOBODY, "--file",
+                             self.file("a.txt"), *ONCE, "--json", *more)
+            self.assertNotIn("is stored", ran.err)
+            self.assertIn(said, ran.error["message"])
+        self.assertIn("--file", self.fails(2, "create-attachment", "--id", NOBODY).err)
+
+    @unittest.skipUnless(POSIX, "a limit of POSIX")
+    def test_a_disk_that_fills_is_no_failure_of_the_network(self):
+        """Control: without the catch round the sink it is tried again and ends with 6."""
+        import resource
+        id = self.made()
+        self.put(id, "a.txt", bytes(300000))
+        ran = self.run_script("get", "--id", id, "--download", "d", status=1, preexec_fn=lambda: (
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))))
+        self.assertIn("cannot write", ran.err)
+        self.assertEqual(os.listdir("d"), [])
+        self.assertEqual([path for _, path, _, _ in self.sent("GET")].count("/storage"), 1)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no full disk here")
+    def test_a_run_is_told_where_its_output_cannot_be_written(self):
+        with open("/dev/full", "w") as full:
+            ran = self.run_script(*CREATE, "--json", stdout=full, status=1)
+            self.assertEqual([ran.error["id"]], self.stored())
+            self.made(serial_number="SN-2")     # a note that cannot be written changes nothing
+            ran = self.run_script("ls", "--limit", "1", "-q", stderr=full, status=0)
+            self.assertEqual(len(ran.out.split()), 1)
+
+    def test_too_many_values_are_told_as_such(self):
+        self.says("GET /v2/runs", b"<html>", status=414, Content_Type="text/html")
+        self.assertIn("fewer values", self.fails(5, "ls", "--ids", "a", "b").err)
+
+    def test_check_fails_where_no_queue_can_be_made(self):
+        self.assertIn("FAIL  queue", self.fails(6, "check", "--queue", self.at("no", "q")).out)
+        self.assertIn("ok    queue", self.ok("check").out)      # the home is made when needed
+
+    def test_text_that_utf8_cannot_write_and_years_that_utc_lacks_are_refused(self):
+        for more in (("--set", "op=M\udcfcller"), ("--metadata", '{"a":"\\ud800"}'),
+                     ("--docstring", "\udcfc")):
+            self.assertIn("UTF-8", self.fails(2, *CREATE, *more).err)
+        self.assertIn("--started-at", self.fails(
+            2, *UNIT, "--started-at", "0001-01-01T00:00:00+02:00", "--ended-at", END).err)
+        self.says("GET /v2/runs", {"message": "x"}, 503, Retry_After="Thu, 01 Jan 99999 00:00:00 GMT")
+        self.fails(6, "ls")
+        self.assertEqual(self.sent("POST"), [])
+
+    @unittest.skipUnless(POSIX, "locales of POSIX")
+    def test_a_download_gets_a_name_that_the_file_system_can_write(self):
+        id = self.made()
+        self.put(id, WORLD + ".txt", b"x")
+        env = dict(LC_ALL="C", PYTHONCOERCECLOCALE="0")
+        ran = self.ended(self.popen(sys.executable, "-X", "utf8=0", SCRIPT, "get", "--id", id,
+                                    "--download", "d", env=env), 0)
+        self.assertEqual([name[:2] + name[-4:] for name in os.listdir("d")], ["Zo.txt"], ran)
+
+    @unittest.skipIf(not POSIX, "no pty here")
+    def test_columns_that_were_asked_for_are_all_shown(self):
+        self.made()
+        columns = "id,outcome,unit.serial_number,procedure.name,started_at,duration"
+        text = self.terminal("ls", "--columns", columns, COLUMNS="40")[1]
+        self.assertEqual([len(line.split()) for line in text.splitlines()], [6, 8])
+        self.assertIn("duration", text)
 
     def test_a_column_of_metadata_asks_for_it(self):
         self.made(metadata={"shift": "A"})

@@ -207,7 +207,9 @@ def parse_time(text, now=None):
     elif offset not in "Zz":
         offset = offset[:3] + ":" + offset[-2:]
         must(offset[1:3] <= "23" and offset[4:] <= "59", f"{offset} is no offset")
-    return local.isoformat() + fraction.replace(",", ".") + offset.upper()
+    found = local.isoformat() + fraction.replace(",", ".") + offset.upper()
+    moment(found)       # OverflowError where UTC has no such year
+    return found
 
 
 def moment(text):
@@ -551,6 +553,7 @@ def check_value(field, value):
         wrong = " ".join(sorted(map(repr, set(re.sub(_IDENTIFIER, "", value)))))
         must(not wrong, f"the server takes letters, digits and _ . : + - only, not {wrong}")
     elif kind == "path":
+        must(value, "is empty")
         return local_path(value)
     elif kind == "name":
         must(1 <= len(value) <= 255, "must have 1 to 255 characters")
@@ -572,7 +575,8 @@ def check_value(field, value):
         least, most, why = _BOUNDS[kind]
         must(least <= value <= most, why)
     elif kind == "seconds":
-        must(re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value), "must be a number above 0")
+        must(re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value),
+             "must be a number, above 0 and below 1000000")
         value = float(value)
     elif kind == "boolean":
         must(str(value).lower() in ("true", "false"), "must be true or false")
@@ -587,9 +591,11 @@ def check_value(field, value):
         if kind == "metadata":
             check_metadata(value)
     try:
-        (value if isinstance(value, str) else dump_json(value)).encode("utf-8")
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeError:
+        raise ValueError("is not text that UTF-8 can write") from None
     except (TypeError, ValueError, RecursionError):
-        must(False, "cannot be sent (NaN, Infinity, half a character or an object of Python)")
+        raise ValueError("cannot be sent (NaN, Infinity or an object of Python)") from None
     return value
 
 
@@ -886,14 +892,17 @@ class Transport:
             size += len(block)
             if not sink and size > limit:
                 raise not_the_api(url, status, f"more than {limit >> 10} KiB")
-            (sink or pieces.append)(block)
+            try:
+                (sink or pieces.append)(block)
+            except OSError as error:    # the disk's, not the network's
+                raise Error(f"cannot write: {error}", "make room, or check the path") from None
         if response.length or self.watchdog.late:       # a cut body raises nothing
             raise EOFError
         theirs = http_date(response.getheader("Date"))
         self.clocks = theirs and (theirs, time.time())
         return Answer(status, response.headers, b"".join(pieces))
 
-    def exchange(self, method, url, headers, content=None, budget=None, resend=True, sink=None):
+    def exchange(self, method, url, headers, content=None, budget=None, sink=None):
         """The answer to one request. `content` is None, bytes, or a function that makes an
         iterator of it; `sink` takes the blocks of a 200's body. `budget`: seconds for all of it."""
         import urllib.request
@@ -904,33 +913,29 @@ class Transport:
             self.opener.add_handler(urllib.request.ProxyHandler())
             self.opener.add_handler(ours)
         self.watchdog = self.watchdog or Watchdog()
-        for first in (True, False):
-            request = urllib.request.Request(url, headers=headers, method=method)
-            request.content = content() if callable(content) else content
-            request.stage, request.sink = "connecting", sink
-            request.budget = budget or 1.5 * self.timeout
-            self.watchdog.start(request.budget)
-            started, result = time.monotonic(), None
-            try:
-                answer = self.opener.open(request, timeout=self.timeout)
-                result = answer.status
-                return answer
-            except Exception as error:      # http.client, ssl and socket have no common ancestor
-                result = type(error).__name__
-                if isinstance(error, Error):
-                    raise
-                request.late = self.watchdog.late
-                stale = request.stage == "kept" and not request.late
-                if not (stale and resend and first):     # else the server had closed it meanwhile
-                    raise lost(request, error, stale) from None
-            finally:
-                self.watchdog.until = math.inf
-                if callable(content):
-                    request.content.close()
-                if self.trace:
-                    path, took = url.split("?")[0], 1000 * (time.monotonic() - started)
-                    shows = shown(url if path.endswith("/v2/runs") else path)
-                    self.trace(f"{method} {shows} {result} {took:.0f} ms")
+        request = urllib.request.Request(url, headers=headers, method=method)
+        request.content = content() if callable(content) else content
+        request.stage, request.sink = "connecting", sink
+        request.budget = budget or 1.5 * self.timeout
+        self.watchdog.start(request.budget)
+        started, result = time.monotonic(), None
+        try:
+            answer = self.opener.open(request, timeout=self.timeout)
+            result = answer.status
+            return answer
+        except Exception as error:      # http.client, ssl and socket have no common ancestor
+            result = type(error).__name__
+            if isinstance(error, Error):
+                raise
+            raise lost(request, error, self.watchdog.late) from None
+        finally:
+            self.watchdog.until = math.inf
+            if callable(content):
+                request.content.close()
+            if self.trace:
+                path, took = url.split("?")[0], 1000 * (time.monotonic() - started)
+                shows = shown(url if path.endswith("/v2/runs") else path)
+                self.trace(f"{method} {shows} {result} {took:.0f} ms")
 
 
 class Watchdog:
@@ -960,13 +965,13 @@ def http_date(text):
         return mktime_tz(parsedate_tz(text))
 
 
-def lost(request, error, stale):
+def lost(request, error, late):
     """The Unavailable for an exchange that got no answer: what, why, what to do."""
     import socket
     from urllib.parse import urlsplit
     parts, again = urlsplit(request.full_url), True
     hint = "nothing was sent; run the same command again later"
-    if request.late:
+    if late:
         why = f"no complete answer within {request.budget:.0f} s"
     elif "CERTIFICATE_VERIFY" in str(error) or type(error).__name__ == "CertificateError":
         why = f"its certificate cannot be verified\n{getattr(error, 'verify_message', '') or error}"
@@ -988,7 +993,7 @@ def lost(request, error, stale):
         proxy = proxy_of(parts.scheme)
         found = Unavailable(f"cannot reach {parts.netloc}: {why}\nproxy: {proxy}", hint)
         found.sent = False
-    found.again, found.stale = again, stale
+    found.again, found.stale = again, request.stage == "kept" and not late
     return found
 
 
@@ -1041,7 +1046,8 @@ def read_answer(answer, url, need):
             return found
         said = answer.data[:60].decode("utf-8", "replace")
         raise not_the_api(url, status, f"{kind or 'no type'}, {said!r}" if said else "empty")
-    said = found.get("message") or found.get("error_description") or found.get("error")
+    said = found.get("message") or found.get("error_description") or found.get("error") or (
+        status == 414 and "the address is too long: ask for fewer values at a time")
     if not said and status < 500:
         raise not_the_api(url, status, f"an error of type {kind or 'unknown'}")
     kind, hint = {
@@ -1171,6 +1177,9 @@ class Client:
                     raise not_the_api(self.login.url, 200, "no list of IDs")
                 gone += answer["id"]
             except NotFound as error:
+                if error.status != 404:
+                    error.message += f"; {len(gone)} of {counted(len(ids), 'run')} were deleted"
+                    raise
                 missing = error
                 if getattr(error, "unsure", False):     # the try without an answer deleted them
                     gone += part
@@ -1182,7 +1191,7 @@ class Client:
         """The values checked, sent and answered."""
         wire = check(operation, values)
         try:
-            return self.perform(lambda resend: self.send(operation, wire, resend),
+            return self.perform(lambda: self.send(operation, wire),
                                 operation != "create_attachment")
         except (NotFound, Refused) as error:
             id, said = wire.get("id"), error.message.partition(": ")[2]
@@ -1190,7 +1199,6 @@ class Client:
                 r"ids?(?:\[(\d+)\])?: ", error.issues[0])
             if wrong and operation == "delete":     # the server looks at the form of an ID first
                 id = wire["ids"][int(wrong.group(1) or 0)]
-                said += "; nothing was deleted"
             if not id or not (wrong or isinstance(error, NotFound)):
                 raise
             kind = "upload" if operation == "finalize" else "run"
@@ -1199,7 +1207,7 @@ class Client:
                            length + "copy the whole ID; ls -q prints bare IDs", error.status,
                            error.code, error.issues) from None
 
-    def send(self, operation, wire, resend=True):
+    def send(self, operation, wire):
         """One exchange with the API: the JSON object of its answer."""
         from urllib.parse import quote, urlencode
         method, path, _, answers = OPERATIONS[operation]
@@ -1220,7 +1228,7 @@ class Client:
                    "User-Agent": f"tofupilot_runs/{__version__} Python/{sys.version.split()[0]}"}
         if content:     # http.client tells its length
             headers["Content-Type"] = "application/json"
-        answer = self.transport.exchange(method, url, headers, content, resend=resend)
+        answer = self.transport.exchange(method, url, headers, content)
         try:
             return read_answer(answer, url, answers)
         except Error as error:      # a server may say the key that it got
@@ -1234,22 +1242,22 @@ class Client:
             raise
 
     def perform(self, once, again=True, look=None):
-        """once(resend) until it succeeds, fails for good, or patience is over.
+        """once() until it succeeds, fails for good, or patience is over.
 
         `again`: whether it may be sent once more after it may have arrived. `look` is called
         before that: what it finds is the result, and nothing is sent again.
         """
-        started, waited, tries, unsure = time.monotonic(), 0, 0, False
+        started, waited, tries, unsure, free = time.monotonic(), 0, 0, False, False
         while True:
             try:
-                return once(again and not look)
+                return once()
             except NotFound as error:
                 error.unsure = unsure
                 raise
             except Unavailable as error:
-                tries += 1
+                free = error.stale and again and not free   # a kept connection was dead: no try
+                tries += not free
                 unsure = unsure or error.sent
-                free = error.stale and look and tries == 1      # a dead connection is no real try
                 wait = 0 if free else delay(tries, 1, error.retry_after)
                 if not (free or tries <= self.retries and error.again
                         and (again or not error.sent) and waited + wait <= PATIENCE):
@@ -1285,7 +1293,7 @@ class Client:
                 raise
         found = look() if first_try else None
         try:
-            return found or self.perform(lambda _: self.send("create", body, False), look=look)
+            return found or self.perform(lambda: self.send("create", body), look=look)
         except Unavailable as error:
             if error.sent and error.status is None:
                 error.message += "\nthe run may be stored or not"
@@ -1504,11 +1512,11 @@ def at_storage(client, method, url, size, headers, content=None, begin=lambda: N
     except ValueError as error:
         raise storage_error(str(error)) from None
 
-    def once(resend):
+    def once():
         if method == "PUT" and time.monotonic() > until:
             raise storage_error("its upload URL has expired", 403)
         answer = client.transport.exchange(method, url, headers, content, 60 + size / 16384,
-                                           resend, begin())
+                                           begin())
         if answer.status != 200:
             redirect = target(answer) and f", a redirect to {target(answer)}"
             error = storage_error(f"{parts.netloc} answered {answer.status}{redirect}",
@@ -1531,7 +1539,9 @@ def safe_name(name):
     >>> safe_name("../a:b.txt"), safe_name("CON"), safe_name("..")
     ('.._a_b.txt', '_CON', 'attachment')
     """
-    name = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in str(name))
+    code = sys.getfilesystemencoding()      # what it cannot write becomes ?, as encode() has it
+    name = str(name).encode(code, "replace").decode(code)
+    name = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in name)
     name = name.strip(" ").rstrip(". ")
     if len(name) > 120:
         stem, ending = os.path.splitext(name)
@@ -1863,7 +1873,8 @@ class Queue:
 
     def meta(self):
         counts = dict(map(tuple, self.run("SELECT state, count(*) FROM entry GROUP BY state")))
-        return dict({state: counts.get(state, 0) for state in ("waiting", "parked", "sent")},
+        states = ("waiting", "parked", "sent", "moving")
+        return dict({state: counts.get(state, 0) for state in states},
                     file=self.path, bytes=os.path.getsize(self.path))
 
 
@@ -1947,7 +1958,10 @@ class Pass:
             elsewhere = entry["origin"] not in (None, here)
             entry["ready"] = not elsewhere and (forced or is_due(entry, now))
             if elsewhere:
-                self.queue.change(entry["id"], error=f"begun at {entry['origin']}, waits for it")
+                entry.update(error=f"begun at {entry['origin']}, waits for it", exit_code=6)
+                self.queue.change(entry["id"], error=entry["error"])
+                self.unsent.append(entry)
+                self.tell(f"waiting {entry['serial_number']}: {entry['error']}")
         for number, entry in enumerate(entries):
             if entry["ready"] and not entry["units"] & blocked:
                 if entry["tried_at"] is None and entry["id"] not in self.marked:
@@ -2050,8 +2064,9 @@ def move(queue, path):
             for entry in queue.entries("state = 'moving'"):
                 identity, _, other = entry["target"].partition(" ")
                 if identity != target.identity:
-                    raise BadInput(f"a move to another file is not finished: {other}",
-                                   "move to that file first")
+                    raise BadInput(
+                        f"a move to another file is not finished: {other}", "move to that file "
+                        "first; if it is lost: queue get REF --json, create it again, queue rm REF")
             with queue.transaction():
                 queue.run("UPDATE entry SET state = 'moving', target = ?, hop = ? || id WHERE "
                           "state = 'waiting'", f"{target.identity} {target.path}",
@@ -2062,11 +2077,13 @@ def move(queue, path):
                               came=entry["hop"])
                 try:
                     target.put(values, queue.files(entry["id"]))
-                except Error:       # full, or gone: what surely is not there stays here
+                except Error as error:      # full, or gone: what surely is not there stays here
                     for rest in moving[number:]:
                         there = target.same(rest["ref"])
-                        if not there or there["content"] != rest["content"]:
+                        if (not there or there["content"] != rest["content"]
+                                or there["state"] == "moved" and there["came"] != rest["hop"]):
                             queue.change(rest["id"], state="waiting", target=None, hop=None)
+                    error.message += f"\n{number} of {counted(len(moving), 'run')} moved"
                     raise
                 with queue.transaction():
                     queue.end(entry["id"], "moved")
@@ -2139,7 +2156,8 @@ class Screen:
             lines = lines(self) if callable(lines) else map(shown, lines)
             put("".join(f"{line}\n" for line in lines))
         else:
-            self.write_rows(result.pages, self.columns or result.columns)
+            write = self.write_csv if self.format == "csv" else self.write_rows
+            write(result.pages, self.columns or result.columns)
         self.stream.flush()
 
     def write_pages(self, pages):
@@ -2159,30 +2177,35 @@ class Screen:
             self.stream.write(f'\n], "meta": {dump_json(meta)}}}\n')
 
     def write_rows(self, pages, columns):
-        """A table, or CSV with a spreadsheet's quotes around all."""
-        csv, kept = self.format == "csv", None
-        paths = CSV_COLUMNS if csv and columns is RUN_COLUMNS else [path for _, path in columns]
-        table = [list(map(csv_text, paths)) if csv else [title for title, _ in columns]]
+        """A table, with tabs where it is no terminal's."""
+        kept, paths = None, [path for _, path in columns]
+        table = [[title for title, _ in columns]]
         for rows, _ in pages:
-            table += [[csv_text(dig(row, path)) if csv else cell(dig(row, path), path, self.tty)
-                       for path in paths] for row in rows]
+            table += [[cell(dig(row, path), path, self.tty) for path in paths] for row in rows]
             if self.tty:
-                kept = kept or fit(table, columns, self.width)
+                kept = kept or fit(table, columns, self.width, bool(self.columns))
             for line in table:
-                if csv:
-                    line = ",".join('"' + text.replace('"', '""') + '"' for text in line)
-                elif self.tty:
-                    line = [cut(line[i], width) for i, width in kept]
-                    line = "  ".join(map(self.paint, line[:-1] + [line[-1].rstrip()]))
+                if self.tty:
+                    line = "  ".join(self.paint(cut(line[i], width), paths[i])
+                                     for i, width in kept).rstrip()
                 else:
                     line = "\t".join(line)
                 self.stream.write(line + "\n")
             self.stream.flush()
             table = []
 
-    def paint(self, text):
+    def write_csv(self, pages, columns):
+        import csv
+        paths = CSV_COLUMNS if columns is RUN_COLUMNS else [path for _, path in columns]
+        writer = csv.writer(self.stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer.writerow(map(csv_text, paths))
+        for rows, _ in pages:
+            writer.writerows([csv_text(dig(row, path)) for path in paths] for row in rows)
+            self.stream.flush()
+
+    def paint(self, text, path="outcome"):
         """An outcome in its colour, anything else as it is."""
-        code = self.colour and COLOURS.get(text.strip())
+        code = self.colour and path == "outcome" and COLOURS.get(text.strip())
         return f"\x1b[{code}m{text}\x1b[0m" if code else text
 
 
@@ -2222,14 +2245,14 @@ def cut(text, width):
     return text + " " * (width - cells(text))
 
 
-def fit(lines, columns, width):
+def fit(lines, columns, width, keep_all):
     """[(number of a column, its width)] of a table on a terminal; IDs, outcomes, times stay whole.
 
     The others share what is left, 8 at least; then the procedure goes, the time, the serial
-    number; a custom table loses its last columns.
+    number; a queue's table loses its last columns, what was asked for (`keep_all`) none.
     """
     need, keep = [max(map(cells, texts)) for texts in zip(*lines)], list(range(len(columns)))
-    drop = [3, 4, 2] if columns is RUN_COLUMNS else keep[:0:-1]
+    drop = [] if keep_all else [3, 4, 2] if columns is RUN_COLUMNS else keep[:0:-1]
     hard = [i for i in keep if columns[i][1].endswith(("outcome", "id", "_at", "_ref"))]
     while True:
         free = width - 1 - 2 * (len(keep) - 1) - sum(need[i] for i in keep if i in hard)
@@ -2238,7 +2261,7 @@ def fit(lines, columns, width):
             break
         keep.remove(drop.pop(0))
     for number, i in enumerate(shares):       # the short ones first
-        need[i] = max(4, min(need[i], free // (len(shares) - number)))
+        need[i] = min(need[i], max(8, free // (len(shares) - number)))
         free -= need[i]
     if len(keep) == 2 and columns is RUN_COLUMNS:
         keep.reverse()
@@ -2547,7 +2570,8 @@ class Call:
     def note(self, text):
         """A line on stderr."""
         if not self.silent:
-            print(shown(text), file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):      # it must not change the result
+                print(shown(text), file=sys.stderr, flush=True)
 
     def warn(self, text):
         self.note("warning: " + text)
@@ -2591,7 +2615,7 @@ def run_ls(call):
                     call.live(f"{count} runs", not meta.get("has_more"))
                 yield rows, meta
         except Error as error:
-            error.hint += f"\nto go on from here: --cursor {error.cursor}"
+            error.hint = f"{error.hint}\nto go on from here: --cursor {error.cursor}".lstrip()
             raise
         if not count:
             call.note("no run matches")
@@ -2640,11 +2664,10 @@ def run_create(call):
     for key in set(body) - {field.name for field in CREATE}:
         call.warn(f"{key} is no field that this version knows: it is sent as it is")
     files = [LocalFile(path) for path in call.get("attach") or ()]
-    names = [file.name for file in files]
-    for name in names:
-        if names.count(name) > 1 or len(name) > 255:
-            raise BadInput(f"--attach: {name} stands twice, or is longer than 255 characters",
-                           "rename the file: on a run its name tells it from the others")
+    for name, count in collections.Counter(file.name for file in files).items():
+        if count > 1:
+            raise BadInput(f"--attach: {name} stands twice",
+                           "rename one file: on a run its name tells it from the others")
     if not call.get("dry_run") and (call.get("queue") or call.get("offline")
                                     or os.environ.get("TOFUPILOT_QUEUE")):
         return create_queued(call, body, files)
@@ -2660,32 +2683,32 @@ def create_now(call, body, files):
             error.hint += "\nto keep runs meanwhile, add --queue FILE"
         raise
     document, lines = {"id": run_id}, created_lines(call, body, run_id)
-    if files:
-        lines += ["  " + line for line in attach_all(call, client, run_id, files)]
-        document["attachments"] = [{"id": file.upload_id, "name": file.name} for file in files]
-    return Result(document, lines)
-
-
-def created_lines(call, body, run_id):
-    phases = body.get("phases", ())
-    count = sum(len(phase.get("measurements") or ()) for phase in phases)
-    told = [body["outcome"], body["serial_number"],
-            phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
-            seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]
-    lines = ["  ".join(filter(None, told)), run_link(call.client(), body["procedure_id"], run_id)]
-    return [f"Created run {run_id}"] + ["  " + line for line in lines if line]
-
-
-def attach_all(call, client, run_id, files):
-    """Attaches to a run that exists: a line for each file; an error says what is stored."""
     try:
-        new = attach(client, run_id, files, call.progress)
+        lines += ["  " + line for line in attach_lines(call, client, run_id, files)]
     except Error as error:
         left = [file.name for file in files if not file.done] or [file.name for file in files]
         error.message = (f"run {run_id} is stored, {len(left)} of {len(files)} attachments not: "
                          f"{', '.join(left)}\n{error.message}")
         error.hint, error.id = "run the same command again; only what is missing goes up", run_id
         raise
+    if files:
+        document["attachments"] = [{"id": file.upload_id, "name": file.name} for file in files]
+    return Result(document, lines)
+
+
+def created_lines(call, body, run_id, told="Created run"):
+    phases = body.get("phases", ())
+    count = sum(len(phase.get("measurements") or ()) for phase in phases)
+    facts = [body["outcome"], body["serial_number"],
+             phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
+             seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]
+    lines = ["  ".join(filter(None, facts)), run_link(call.client(), body["procedure_id"], run_id)]
+    return [f"{told} {run_id}"] + ["  " + line for line in lines if line]
+
+
+def attach_lines(call, client, run_id, files):
+    """Attaches files to a run that exists: a line for each."""
+    new = attach(client, run_id, files, call.progress) if files else []
     return [f"{'Attached' if file in new else 'Already there:'} {file.name}  "
             f"{size_text(file.size)}  {file.upload_id}" for file in files]
 
@@ -2697,7 +2720,9 @@ def create_queued(call, body, files):
     def send():     # in a thread of its own
         try:
             with Queue(path) as queue:
-                Pass(queue, call.client(0)).run()
+                work = Pass(queue, call.client(0))
+                work.run()
+                problem.extend(entry["error"] for entry in work.unsent)
         except Exception as error:      # the run is stored: nothing here is a failure
             problem.append(str(error))
     with contextlib.ExitStack() as stack:
@@ -2710,8 +2735,8 @@ def create_queued(call, body, files):
             entry = queue.store(body, files, origin)
         except Unavailable as error:
             return create_unqueued(call, body, files, error)
-        call.durable = True
-        if not offline and entry["state"] == "waiting":
+        call.durable, before = True, entry["state"]
+        if not offline and before == "waiting":
             within(10, send)
         entry, meta = queue.find(entry["ref"]), queue.meta()
         waits = [row["stored_at"] for row in queue.entries("state = 'waiting'")]
@@ -2721,9 +2746,12 @@ def create_queued(call, body, files):
     run_id = entry["run_id"] if entry["state"] == "sent" else None
     document = {"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"]}
     if run_id:
-        return Result(document, created_lines(call, body, run_id) + [
+        told = "Sent before: run" if before == "sent" else "Created run"
+        return Result(document, created_lines(call, body, run_id, told) + [
             f"  Attached {file.name}  {size_text(file.size)}" for file in files])
     why = entry["error"] or "".join(problem[:1])
+    if entry["target"]:
+        why = "moved to " + entry["target"].partition(" ")[2]
     return Result(document, [f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; "
                              f"{meta['waiting']} wait"] + ["  " + shown(why, 300)] * bool(why),
                   ids=())
@@ -2780,6 +2808,12 @@ def entry_json(entry, files):
     return dict(found, client_run_ref=entry["ref"], attachments=files)
 
 
+def queue_text(meta):
+    """2 waiting, 1 parked, and what a move that was interrupted holds back."""
+    told = f"{meta['waiting']} waiting, {meta['parked']} parked"
+    return told + (f", {meta['moving']} moving (repeat that move)" if meta["moving"] else "")
+
+
 def run_queue_ls(call):
     with the_queue(call) as queue:
         hidden = "" if call.get("sent") else ", 'sent', 'moved'"
@@ -2787,8 +2821,8 @@ def run_queue_ls(call):
         rows = [entry_json(entry, counts.get(entry["id"], 0))
                 for entry in queue.entries(f"state NOT IN ('storing'{hidden})")]
         meta = queue.meta()
-    call.note(f"{meta['waiting']} waiting, {meta['parked']} parked, {size_text(meta['bytes'])} in "
-              f"{meta['file']}")
+    call.note(f"{queue_text(meta)}, {size_text(meta['bytes'])} in {meta['file']}")
+    del meta["moving"]
     run = (("RUN", "run_id"),) if call.get("sent") else ()
     return Result({"data": rows, "meta": meta}, rows=rows,
                   ids=[row["client_run_ref"] for row in rows],
@@ -2804,9 +2838,12 @@ def run_queue_get(call):
             saved.append(save_new(folder, file.name,
                                   lambda out, file=file: out.writelines(file.blocks())))
     shows = entry_json(entry, len(files))
+    if not body and call.format == "json":
+        raise NotFound(f"the request of {entry['ref'][:12]} is gone: it is {entry['state']}",
+                       "queue ls --sent --json shows what is left")
     lines = [f"{name:<15} {value}" for name, value in shows.items() if value not in (None, "")]
     lines += section("ATTACHMENTS", [f"{file.name}  {size_text(file.size)}" for file in files])
-    request = json.loads(body) if body else shows
+    request = json.loads(body or "{}")
     if body and entry["ref"] == entry["content"]:       # create makes it anew, from the content
         del request["client_run_ref"]
     return Result(request, lines + section("SAVED", saved), ids=[entry["ref"]])
@@ -2860,16 +2897,19 @@ def run_queue_send(call, force=None):
                     queue.change(entry["id"], state="waiting", next_try_at=0)
         work = Pass(queue, client, call.log, force)
         alone, meta = work.run(), queue.meta()
+        soon = queue.run("SELECT min(next_try_at) FROM entry WHERE state = 'waiting'")[0][0]
     codes = {entry["exit_code"] for entry in work.unsent}
     if not alone:
         call.note("another process is sending this queue: nothing to do")
     elif meta["parked"]:
         codes.add(5)
     runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
-    document = dict(sent=len(runs), waiting=meta["waiting"], parked=meta["parked"], runs=runs)
-    told = "{sent} sent, {waiting} waiting, {parked} parked".format(**document)
-    result = Result(document, [told], runs,
-                    status=next((code for code in (3, 5, 6) if code in codes), 0))
+    told = f"{len(runs)} sent, {queue_text(meta)}"
+    if soon and soon > time.time():
+        told += f"; next try {ago(time.time() - soon)}"
+    call.log(told)
+    result = Result(dict(sent=len(runs), waiting=meta["waiting"], parked=meta["parked"], runs=runs),
+                    [], runs, status=next((code for code in (3, 5, 6) if code in codes), 0))
     if result.status and (call.quiet or call.format == "json"):     # else the lines have told it
         result.error = {3: AccessDenied, 5: Refused, 6: Unavailable}[result.status](
             told + "".join(f"; {entry['serial_number']}: {entry['error']}"
@@ -2909,9 +2949,11 @@ def run_create_attachment(call):
     file = LocalFile(path, values.get("name")) if path else None
     if file:
         values["name"] = file.name
+    if not values.get("name"):
+        raise BadInput("--file is missing (--name reserves a place)", "such as --file log.txt")
     wire, client = check("create_attachment", values, flags=True), call.client()
     if file:
-        lines = attach_all(call, client, wire["id"], [file]) + [f"  run {wire['id']}"]
+        lines = attach_lines(call, client, wire["id"], [file]) + [f"  run {wire['id']}"]
         return Result({"id": file.upload_id, "name": file.name}, lines)
     try:
         answer = client.create_attachment(**wire)
@@ -2958,13 +3000,20 @@ def run_check(call):
     rows, lines, status, client, path = [], [], 0, call.client(), queue_path(call)
 
     def queue():
+        folder = os.path.dirname(os.path.abspath(path))
         if not os.path.exists(path):
+            if not os.access(folder, os.W_OK) and (folder != home() or os.path.exists(folder)):
+                raise Unavailable(f"cannot make {path}: no folder that this user can write",
+                                  "make the folder, or name another queue")
             return f"none at {path}"
         with Queue(path) as queue:
             waits, meta = queue.entries("state = 'waiting'"), queue.meta()
-        if meta["parked"]:
-            raise Refused(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting "
-                          f"in {path}", f"{PROG} queue ls tells why")
+        strange = [entry["error"] for entry in waits
+                   if entry["origin"] not in (None, client.login.url)]
+        if meta["parked"] or meta["moving"] or strange:
+            kind = Refused if meta["parked"] else Unavailable
+            raise kind("; ".join([f"{queue_text(meta)} in {path}"] + strange[:1]),
+                       f"{PROG} queue ls tells why")
         oldest = f", oldest {ago(time.time() - waits[0]['stored_at'])}" if waits else ""
         return f"{len(waits)} waiting{oldest}, {meta['bytes']} bytes in {path}"
 
@@ -3041,7 +3090,8 @@ https://tofupilot.example.com
   retries count | tries after the first (3) | 0
   allow_http flag | plain http to another machine
 """)
-SET = _table("metadata: / set text* | a key without JSON quoting | shift=A temp=23.4")
+SET = _table("metadata: / set text* | a key without JSON quoting; a number only as JSON writes it "
+             "(1.5, not 1.50), else text | shift=A temp=23.4")
 QUEUE = _table("queue: / queue path | the queue file; else TOFUPILOT_QUEUE, else runs.queue in "
                "~/.tofupilot | line3.queue")
 
@@ -3184,6 +3234,10 @@ METAVARS = dict(pair.split("=") for pair in """id=ID duration=DURATION time=TIME
     boolean=true|false""".split())
 
 
+WORDS = {"queue get": " REF", "queue rm": " REF ...", "queue retry": " [REF ...]",
+         "queue move": " FILE"}
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of a command or of a word before others. Its flags, or the commands below it, come
     when it is called; what is wrong is raised."""
@@ -3192,10 +3246,9 @@ class Parser(argparse.ArgumentParser):
         def form(prog):
             return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
                                                         width=min(100, terminal_width()) - 1)
-        words = {"queue get": " REF", "queue rm": " REF ...", "queue retry": " [REF ...]",
-                 "queue move": " FILE"}.get(path, "")
-        super().__init__(f"{PROG} {path}".rstrip(), f"{PROG} {path}{words} [flags]", add_help=False,
-                         formatter_class=form, argument_default=argparse.SUPPRESS)
+        usage = f"{PROG} {path}{WORDS.get(path, '')} [flags]"
+        super().__init__(f"{PROG} {path}".rstrip(), usage, add_help=False, formatter_class=form,
+                         argument_default=argparse.SUPPRESS)
         self.path = path
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
@@ -3222,7 +3275,7 @@ class Parser(argparse.ArgumentParser):
         if self.path in COMMANDS:
             return super().format_help()
         return f"usage: {PROG} {self.path} COMMAND [flags]\n\n" + "".join(
-            f"  {name:<18}{COMMANDS[name].sentence}\n"
+            f"  {name:<24}{COMMANDS[name].sentence}\n"
             for name in inner_commands(self.path)) if self.path else MANUAL
 
     def _get_option_tuples(self, option_string):
@@ -3275,17 +3328,18 @@ def parse(argv):
     fields = (COMMANDS[path].fields if path else ()) + GLOBAL
     known = {flag(field.name): field for field in fields}
     for word in words:
-        if word.startswith("-") and word != "-":
-            word = word.partition("=")[0]
+        word = word.partition("=")[0]
+        if word.startswith("-") and word != "-" and word not in known:
             meant = closest(word, list(known))
             raise BadInput(f"unknown option {word[:60]}", (
                 f"did you mean {meant}? Example: {path} {meant} {known[meant].example}"
-                if meant else f"{PROG} {path} --help lists them"))
+                if meant else f"{PROG} {path}".strip() + " --help lists them"))
     if not path:
         raise BadInput("a command is missing",
                        "one of: " + ", ".join(inner_commands(found.get(" word") or "")))
-    if words and not path.startswith("queue "):
-        raise BadInput(f"unexpected word {words[0][:60]}", "values follow their flag")
+    if words and path not in WORDS:
+        raise BadInput(f"unexpected word {words[0][:60]}",
+                       f"values follow their flag: {flag(fields[0].name)} {words[0][:60]}?")
     for field in fields:
         if field.name in found and field.many and not field.fields:
             found[field.name] = sum(found[field.name], [])
@@ -3305,20 +3359,21 @@ def execute(argv):
     name, call = parse(argv)
     catch_signals()
     out, how, result = call.get("out"), (call.format, call.get("columns"), call.quiet), None
+    stored = name == "create" and not call.get("dry_run")
     try:
         result = COMMANDS[name].run(call)
         if call.get("dry_run"):
             result, how = Result({}, [dump_json(request) for request in call.planned]), ()
-        if out and out != "-":
+        if out and out not in ("-", "/dev/stdout"):
             write_file(out, result, *how)
         else:
             Screen(sys.stdout, *how).write(result)
-    except (OSError, Error, KeyboardInterrupt):
+    except (OSError, Error, KeyboardInterrupt) as error:
         if call.durable:        # a run that is stored stays stored: exit 0, whatever comes
             drop_stdout()
             return 0
-        if result and name == "create" and not call.get("dry_run"):
-            call.note(f"run {result.document['id']} is stored; its output cannot be written")
+        if result and stored:
+            error.id = result.document["id"]
         raise
     finally:
         call.clients.close()
@@ -3328,12 +3383,13 @@ def execute(argv):
 
 
 def catch_signals():
-    def terminated(*_):
-        raise Terminated
+    def stop(number, _):
+        sys.unraisablehook = lambda _: None     # what was half made would tell of it, from 3.8 on
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
     with contextlib.suppress(ValueError):       # not in the main thread
-        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGTERM, stop)
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, stop)
 
 
 def write_file(path, result, *how):
@@ -3342,6 +3398,8 @@ def write_file(path, result, *how):
     special = os.path.exists(path) and not os.path.isfile(path)     # a device, a FIFO: as it is
     with part_of(path) as part:
         with open(path if special else part, "w", encoding="utf-8", newline="") as file:
+            if os.path.isfile(path):
+                os.chmod(part, stat.S_IMODE(os.stat(path).st_mode))
             Screen(file, *how).write(result)
         if not special:
             replace(part, path)
@@ -3382,17 +3440,18 @@ def main(argv=None):
         return status
     except SystemExit as ended:         # argparse, after its help
         return ended.code or 0
-    except KeyboardInterrupt as error:
-        name, code = ("SIGTERM", 143) if isinstance(error, Terminated) else ("Ctrl-C", 130)
+    except KeyboardInterrupt as stopped:
+        name, code = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
         failure = Stopped(f"stopped by {name}" + (
             "; it may be stored: the same command again makes no second run"
             if "create" in argv else ""))
-        failure.exit_code = code
+        failure.exit_code, failure.id = code, getattr(stopped, "id", None)
     except OSError as error:
         drop_stdout()
         if error.errno in (errno.EPIPE, errno.EINVAL):
             return 0        # whoever read the output has what they wanted
         failure = Error(f"cannot write: {error}", "make room, or check the path")
+        failure.id = getattr(error, "id", None)
     except Error as error:
         failure = error
     except Exception as error:
@@ -3403,6 +3462,8 @@ def main(argv=None):
                         f"this is a bug: report it with the output of {PROG} --version")
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
+    if failure.id and failure.id not in failure.message:
+        failure.message += f"\nrun {failure.id} is stored"
     with contextlib.suppress(OSError, ValueError):
         as_json = re.search(r"--json\b|--format[= ]json\b", " ".join(argv))
         sys.stderr.write((dump_json(failure.as_json()) if as_json else failure.as_text()) + "\n")
