@@ -4382,6 +4382,16 @@ class SmallPromises(Case):
         self.ok("queue", "move", "stick", *QUEUE)
         self.assertIn("moved to " + self.at("stick"), self.ok(*words).out)
 
+    def test_files_that_went_up_are_linked_also_where_another_failed(self):
+        """Control: without the attach of what is done, the first goes up twice."""
+        words = CREATE + ["--attach", self.file("a.txt"), self.file("b.txt")]
+        self.box.fault("status", "PUT .*", skip=1)
+        ran = self.fails(6, *words, *ONCE)
+        self.assertIn("1 of 2 attachments not: b.txt", ran.err)
+        self.assertEqual(self.attached(self.stored()[0]), ["a.txt"])
+        self.assertIn("Already there: a.txt", self.ok(*words).out)
+        self.assertEqual(len(self.sent("PUT")), 3)
+
     def test_a_file_for_a_run_that_is_not_there_is_not_told_as_half_done(self):
         for more, status, said in (((), 4, "no run"), (("--url", CLOSED), 6, "cannot reach")):
             ran = self.fails(status, "create-attachment", "--id", NOBODY, "--file",
@@ -4746,6 +4756,8 @@ def main():
     if name not in COMMANDS:
         print("usage: test_tofupilot_runs.py [test | demo | serve | sandbox | bench | trials]")
         return 2
+    # a shell that starts this with & has it ignored, and the script would heed that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return COMMANDS[name](argv)
 
 

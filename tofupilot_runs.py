@@ -1295,7 +1295,7 @@ class Client:
         try:
             return found or self.perform(lambda: self.send("create", body), look=look)
         except Unavailable as error:
-            if error.sent and error.status is None:
+            if error.sent and error.status is None and "may be stored" not in error.message:
                 error.message += "\nthe run may be stored or not"
                 error.hint = "run the same command again: it cannot make a second run"
             raise
@@ -2686,7 +2686,13 @@ def create_now(call, body, files):
     try:
         lines += ["  " + line for line in attach_lines(call, client, run_id, files)]
     except Error as error:
-        left = [file.name for file in files if not file.done] or [file.name for file in files]
+        there = [file for file in files if file.done]
+        try:
+            if 0 < len(there) < len(files):     # what went up is linked at least
+                attach(client, run_id, there)
+        except Error:
+            there = []
+        left = [file.name for file in files if file not in there] or [file.name for file in files]
         error.message = (f"run {run_id} is stored, {len(left)} of {len(files)} attachments not: "
                          f"{', '.join(left)}\n{error.message}")
         error.hint, error.id = "run the same command again; only what is missing goes up", run_id
@@ -3197,7 +3203,8 @@ MANUAL = f"""{PROG} {__version__}: the test runs of a TofuPilot server, from one
 Each command's help has examples and every flag:  {PROG} ls --help
 The word runs may stand before a command. List flags take several words and may
 be repeated. JSON flags also take @FILE, or - for stdin. A value that begins
-with - needs = before it. Times: ISO 8601 (local without an offset), 24h, now.
+with - needs = before it. Times: ISO 8601, local without an offset; in ls also
+24h, 7d, now.
 
 every command
   --json             the server's JSON; errors as JSON on stderr
