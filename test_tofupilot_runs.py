@@ -4435,7 +4435,8 @@ class SmallPromises(Case):
             self.assertIn("UTF-8", self.fails(2, *CREATE, *more).err)
         self.assertIn("--started-at", self.fails(
             2, *UNIT, "--started-at", "0001-01-01T00:00:00+02:00", "--ended-at", END).err)
-        self.says("GET /v2/runs", {"message": "x"}, 503, Retry_After="Thu, 01 Jan 99999 00:00:00 GMT")
+        date = "Thu, 01 Jan 99999 00:00:00 GMT"
+        self.says("GET /v2/runs", {"message": "x"}, 503, Retry_After=date)
         self.fails(6, "ls")
         self.assertEqual(self.sent("POST"), [])
 
@@ -4669,7 +4670,9 @@ def bench(argv):
     peer = os.environ.get("PEER_PYTHON")
     print(f"{platform.platform()}, {os.cpu_count()} processors, Python "
           f"{platform.python_version()}, SQLite {sqlite3.sqlite_version}")
-    print("the official SDK: " + (f"in {peer}" if peer else "missing, name it with PEER_PYTHON="))
+    version = peer and subprocess.check_output([peer, "-m", "pip", "show", "tofupilot"]).decode()
+    print("the official SDK: " + (version.splitlines()[1] if peer
+                                  else "missing, name it with PEER_PYTHON="))
     print(f"{'':50}   ratio  bound")
     with tempfile.TemporaryDirectory() as folder, Sandbox() as box:
         box.keep = False

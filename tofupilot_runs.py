@@ -1738,11 +1738,12 @@ class Queue:
             raise
 
     def entries(self, where, *values):
-        """Entries (dicts) without what is large, oldest first."""
+        """Entries (dicts) without what is large, oldest first; `files` is how many they have."""
         return [dict(row) for row in self.run(
             "SELECT id, ref, state, units, outcome, serial_number, procedure_id, stored_at, tries, "
             "tried_at, failed_at, next_try_at, error, exit_code, content, origin, run_id, target, "
-            f"hop, came FROM entry WHERE state != 'storing' AND {where} ORDER BY id", *values)]
+            "hop, came, (SELECT count(*) FROM file WHERE entry = entry.id) AS files "
+            f"FROM entry WHERE state != 'storing' AND {where} ORDER BY id", *values)]
 
     def same(self, ref):
         """The entry of a ref, or None: there is one at most."""
@@ -1842,10 +1843,13 @@ class Queue:
         self.run(f"DELETE FROM file WHERE entry IN {chosen}", *values)
         self.run(f"DELETE FROM entry WHERE {where}", *values)
 
-    def end(self, number, state, **more):
+    def end(self, entry, state):
         """Makes an entry a receipt: what is large goes."""
-        self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)", number)
-        self.change(number, state=state, body=None, error=None, ended_at=time.time(), **more)
+        if entry["files"]:
+            self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)",
+                     entry["id"])
+        self.change(entry["id"], state=state, body=None, error=None, ended_at=time.time(),
+                    run_id=entry["run_id"])
 
     def tidy(self):
         """Old receipts go, and the room that they took goes back to the disk in small steps."""
@@ -1942,9 +1946,7 @@ class Pass:
                     self.send_all()
                 finally:
                     self.flush()
-                    with self.queue.transaction():
-                        for number in self.marked:      # those surely did not go out
-                            self.queue.change(number, tried_at=None, origin=None)
+                    self.mark(self.marked, None, None)      # those surely did not go out
                 self.queue.tidy()
             return alone
 
@@ -1965,7 +1967,10 @@ class Pass:
         for number, entry in enumerate(entries):
             if entry["ready"] and not entry["units"] & blocked:
                 if entry["tried_at"] is None and entry["id"] not in self.marked:
-                    self.mark(entries[number:number + BATCH], here)
+                    soon = {other["id"] for other in entries[number:number + BATCH]
+                            if other["ready"] and other["tried_at"] is None}
+                    self.mark(soon, time.time(), here)
+                    self.marked |= soon
                 self.send(entry)
             if entry["state"] == "waiting":     # where it waits for its sub-units (5), they pass
                 serial = {entry["serial_number"].lower()}
@@ -1973,18 +1978,15 @@ class Pass:
             if self.over:
                 return
 
-    def mark(self, entries, here):
-        """Commits that these may go out from now on."""
-        with self.queue.transaction():
-            for entry in entries:
-                if entry["ready"] and entry["tried_at"] is None:
-                    self.queue.change(entry["id"], tried_at=time.time(), origin=here)
-                    self.marked.add(entry["id"])
+    def mark(self, numbers, now, here):
+        """Commits that these may go out from now on, or that they did not."""
+        self.queue.run("UPDATE entry SET tried_at = ?, origin = ? WHERE id IN "
+                       f"({', '.join(map(str, numbers))})", now, here)
 
     def send(self, entry):
         """Sends one entry and its files; its new state stands in it."""
         queue, number = self.queue, entry["id"]
-        body, files = json.loads(queue.body(number)), queue.files(number)
+        body = json.loads(queue.body(number))
         self.marked.discard(number)
         if entry["tried_at"] or any(entry["units"] & other["units"] for other in self.fresh):
             self.flush()        # a look must know which runs are others
@@ -1996,10 +1998,10 @@ class Pass:
         try:
             if not entry["run_id"]:
                 entry["run_id"] = self.client.send_create(body, entry["tried_at"], taken)["id"]
-            if files:
+            if entry["files"]:
                 self.flush()
                 queue.change(number, run_id=entry["run_id"])
-                attach(self.client, entry["run_id"], files)
+                attach(self.client, entry["run_id"], queue.files(number))
         except QueueUnusable:
             raise
         except Error as error:
@@ -2024,7 +2026,7 @@ class Pass:
                 if entry["id"] in unfinished:       # it got more files meanwhile
                     self.queue.change(entry["id"], run_id=entry["run_id"])
                 else:
-                    self.queue.end(entry["id"], "sent", run_id=entry["run_id"])
+                    self.queue.end(entry, "sent")
         self.fresh, self.flushed = [], time.monotonic()
 
     def failed(self, entry, body, error):
@@ -2075,6 +2077,7 @@ def move(queue, path):
             for number, entry in enumerate(moving):
                 values = dict(entry, id=None, body=queue.body(entry["id"]), target=None, hop=None,
                               came=entry["hop"])
+                del values["files"]
                 try:
                     target.put(values, queue.files(entry["id"]))
                 except Error as error:      # full, or gone: what surely is not there stays here
@@ -2086,7 +2089,7 @@ def move(queue, path):
                     error.message += f"\n{number} of {counted(len(moving), 'run')} moved"
                     raise
                 with queue.transaction():
-                    queue.end(entry["id"], "moved")
+                    queue.end(entry, "moved")
             queue.tidy()
             return len(moving), target.path
 
@@ -2804,14 +2807,14 @@ QUEUE_COLUMNS = (("REF", "client_run_ref"), ("STATE", "state"), ("OUTCOME", "out
                  ("ERROR", "error"))
 
 
-def entry_json(entry, files):
+def entry_json(entry):
     """An entry as queue ls shows it."""
     found = {name: entry[name] for name in ("state", "outcome", "serial_number", "procedure_id",
                                             "stored_at", "tries", "next_try_at", "error", "run_id")}
     for name in ("stored_at", "next_try_at"):
         at = datetime.datetime.fromtimestamp(found[name], _UTC) if found[name] else None
         found[name] = at and at.isoformat()[:19] + "Z"
-    return dict(found, client_run_ref=entry["ref"], attachments=files)
+    return dict(found, client_run_ref=entry["ref"], attachments=entry["files"])
 
 
 def queue_text(meta):
@@ -2823,9 +2826,7 @@ def queue_text(meta):
 def run_queue_ls(call):
     with the_queue(call) as queue:
         hidden = "" if call.get("sent") else ", 'sent', 'moved'"
-        counts = dict(map(tuple, queue.run("SELECT entry, count(*) FROM file GROUP BY entry")))
-        rows = [entry_json(entry, counts.get(entry["id"], 0))
-                for entry in queue.entries(f"state NOT IN ('storing'{hidden})")]
+        rows = list(map(entry_json, queue.entries(f"state NOT IN ('storing'{hidden})")))
         meta = queue.meta()
     call.note(f"{queue_text(meta)}, {size_text(meta['bytes'])} in {meta['file']}")
     del meta["moving"]
@@ -2843,7 +2844,7 @@ def run_queue_get(call):
         for file in files if folder and body else ():
             saved.append(save_new(folder, file.name,
                                   lambda out, file=file: out.writelines(file.blocks())))
-    shows = entry_json(entry, len(files))
+    shows = entry_json(entry)
     if not body and call.format == "json":
         raise NotFound(f"the request of {entry['ref'][:12]} is gone: it is {entry['state']}",
                        "queue ls --sent --json shows what is left")
