@@ -2465,7 +2465,7 @@ class Call:
         self.fields = {field.name: field for field in fields}
         self.format = "json" if self.get("json") else self.get("format") or "table"
         self.quiet, self.durable, self.began = bool(self.get("q")), False, None
-        self.clients, self.key = contextlib.ExitStack(), None
+        self.made = None        # the Client, once it is asked for
         self.silent = self.format == "json" and not self.get("v")
 
     def get(self, name):
@@ -2546,23 +2546,34 @@ class Call:
         return check(operation, self.values(operation), flags=True)
 
     def client(self, retries=3):
-        path, given = self.get("api_key_file"), self.get("retries")
-        if path is not None and self.key is None:       # once: it may come from stdin
-            try:
-                key = self.read(path if path == "-" else "@" + path, "api_key_file")
-            except BadInput as error:
-                if path == "-":
-                    raise
-                if not re.search(r"[./\\]", path):      # it may be the key
-                    error.message = "--api-key-file: there is no such file"
-                raise AccessDenied(error.message, error.hint) from None
-            self.key = key.decode(json.detect_encoding(key), "replace")     # Notepad, PowerShell
-        client = Client(self.get("url"), self.key, self.get("ca_cert"), self.get("timeout") or 30,
-                        retries if given is None else given, bool(self.get("allow_http")),
-                        f"--api-key-file {path}", self.warn, self.note if self.get("v") else None,
-                        self.plan if self.get("dry_run") else None)
-        self.clients.callback(client.close)
-        return client
+        """The Client of this command, made once: one login, one set of connections.
+
+        `retries`: how often it tries again where no flag says it.
+        """
+        given, path = self.get("retries"), self.get("api_key_file")
+        if self.made is None:
+            self.made = Client(
+                url=self.get("url"), ca_cert=self.get("ca_cert"),
+                timeout=self.get("timeout") or 30, allow_http=bool(self.get("allow_http")),
+                notify=self.warn, trace=self.note if self.get("v") else None,
+                plan=self.plan if self.get("dry_run") else None,
+                source=f"--api-key-file {path}", api_key=self.read_key(path))
+        self.made.retries = retries if given is None else given
+        return self.made
+
+    def read_key(self, path):
+        """The key in --api-key-file, None without that flag."""
+        if path is None:
+            return None
+        try:
+            key = self.read(path if path == "-" else "@" + path, "api_key_file")
+        except BadInput as error:
+            if path == "-":
+                raise
+            if not re.search(r"[./\\]", path):      # it may be the key
+                error.message = "--api-key-file: there is no such file"
+            raise AccessDenied(error.message, error.hint) from None
+        return key.decode(json.detect_encoding(key), "replace")     # Notepad, PowerShell
 
     def plan(self, method, url, body):
         """What --dry-run does in place of sending."""
@@ -2685,7 +2696,7 @@ def create_now(call, body, files):
         if not error.sent:
             error.hint += "\nto keep runs meanwhile, add --queue FILE"
         raise
-    document, lines = {"id": run_id}, created_lines(call, body, run_id)
+    document, lines = {"id": run_id}, created_lines(client, body, run_id)
     try:
         lines += ["  " + line for line in attach_lines(call, client, run_id, files)]
     except Error as error:
@@ -2705,13 +2716,13 @@ def create_now(call, body, files):
     return Result(document, lines)
 
 
-def created_lines(call, body, run_id, told="Created run"):
+def created_lines(client, body, run_id, told="Created run"):
     phases = body.get("phases", ())
     count = sum(len(phase.get("measurements") or ()) for phase in phases)
     facts = [body["outcome"], body["serial_number"],
              phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
              seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]
-    lines = ["  ".join(filter(None, facts)), run_link(call.client(), body["procedure_id"], run_id)]
+    lines = ["  ".join(filter(None, facts)), run_link(client, body["procedure_id"], run_id)]
     return [f"{told} {run_id}"] + ["  " + line for line in lines if line]
 
 
@@ -2738,7 +2749,7 @@ def create_queued(call, body, files):
         try:
             if not offline:
                 with contextlib.suppress(Error):        # it is told when it is sent
-                    origin = call.client().login.url
+                    origin = call.client(0).login.url
             # open to the end: to close it would drop the locks of the thread's connection
             queue = stack.enter_context(Queue(path))
             entry = queue.store(body, files, origin)
@@ -2756,7 +2767,7 @@ def create_queued(call, body, files):
     document = {"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"]}
     if run_id:
         told = "Sent before: run" if before == "sent" else "Created run"
-        return Result(document, created_lines(call, body, run_id, told) + [
+        return Result(document, created_lines(call.client(0), body, run_id, told) + [
             f"  Attached {file.name}  {size_text(file.size)}" for file in files])
     why = entry["error"] or "".join(problem[:1])
     if entry["target"]:
@@ -3384,7 +3395,8 @@ def execute(argv):
             error.id = result.document["id"]
         raise
     finally:
-        call.clients.close()
+        if call.made:
+            call.made.close()
     if result.error:
         raise result.error
     return result.status
