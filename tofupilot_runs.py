@@ -1931,8 +1931,8 @@ def after_failure(error, tries, waited_for_unit):
 class Pass:
     """One pass over a queue: what is due is sent, oldest first."""
 
-    def __init__(self, queue, client, tell=lambda text: None, force=None):
-        """`force`: entries that do not wait for their time: a set of refs, or all with ()."""
+    def __init__(self, queue, client, tell=lambda text: None, force=()):
+        """`force`: the refs of entries that do not wait for their time."""
         self.queue, self.client, self.tell, self.force = queue, client, tell, force
         self.sent, self.unsent, self.marked = [], [], set()
         self.fresh, self.flushed = [], time.monotonic()     # what went and has no receipt yet
@@ -1956,9 +1956,8 @@ class Pass:
         entries = self.queue.entries("state = 'waiting'")
         for entry in entries:
             entry["units"] = set(json.loads(entry["units"]))
-            forced = self.force is not None and (not self.force or entry["ref"] in self.force)
             elsewhere = entry["origin"] not in (None, here)
-            entry["ready"] = not elsewhere and (forced or is_due(entry, now))
+            entry["ready"] = not elsewhere and (entry["ref"] in self.force or is_due(entry, now))
             if elsewhere:
                 entry.update(error=f"begun at {entry['origin']}, waits for it", exit_code=6)
                 self.queue.change(entry["id"], error=entry["error"])
@@ -2897,19 +2896,20 @@ def ask(call, question):
             raise Stopped("nothing was deleted")
 
 
-def run_queue_send(call, force=None):
-    """`force` (retry): the REFs that do not wait for their time, all where there are none."""
+def run_queue_send(call, retry=False):
+    """`retry`: the REFs that were given, or all, go now, parked ones too."""
     if call.get("jitter"):
         time.sleep(delay(0, call.get("jitter")))
-    client = call.client(0)
+    client, force = call.client(0), set()
     with the_queue(call) as queue:
         if client.plan:
             for entry in queue.entries("state = 'waiting'"):
                 client.send_create(json.loads(queue.body(entry["id"])))
             return None
-        if force is not None:
-            entries = [queue.find(word) for word in force] or queue.entries("state = 'parked'")
-            force = {entry["ref"] for entry in entries if force}
+        if retry:
+            entries = ([queue.find(word) for word in call.words]
+                       or queue.entries("state IN ('waiting', 'parked')"))
+            force = {entry["ref"] for entry in entries}
             for entry in entries:
                 if entry["state"] == "parked":
                     queue.change(entry["id"], state="waiting", next_try_at=0)
@@ -3183,7 +3183,7 @@ output: / download path | save its attachments in a folder | evidence"""),
 $ --jitter 60
 $ --queue line3.queue
 queue: / jitter seconds | wait up to so long first: many stations share a minute | 60"""),
-    "queue retry": _command(lambda call: run_queue_send(call, call.words), QUEUE, """\
+    "queue retry": _command(lambda call: run_queue_send(call, retry=True), QUEUE, """\
 Send parked and waiting runs (REFs, or all) without waiting.
 $
 $ 3e1f7d02"""),
