@@ -1616,9 +1616,16 @@ def replace(source, target):
 #
 # Exactly once: tried_at and origin are committed before the first byte goes out. Where they stand
 # without a run_id, the run may be on the server: the sender looks before it sends again.
+#
+# What the columns of an entry do not say themselves: ref is the client_run_ref, content the ref
+# that the body alone would have; units the serial numbers in it, in lower case; origin the server
+# that it was begun at; target where a move goes, hop the token of that move, came the hop that
+# brought it here; ended_at when it became a receipt.
 
 APPLICATION_ID, SCHEMA_VERSION = 0x54465251, 1      # "TFRQ" in the file's header
-RECEIPT_DAYS, SUB_UNIT_HOURS, BATCH = 30, 72, 50
+RECEIPT_DAYS = 30           # how long a receipt answers the same create
+SUB_UNIT_HOURS = 72         # how long a run may wait for the runs of its sub-units
+BATCH = 50                  # runs marked, and receipts written, in one commit
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
