@@ -1703,12 +1703,12 @@ class Queue:
         if not ours or head[68:72] != APPLICATION_ID.to_bytes(4, "big"):
             raise self.unusable("it is not a queue file")
         if int.from_bytes(head[60:64], "big") > SCHEMA_VERSION:
-            raise self.unusable(f"a newer version of {PROG} made it")
+            raise self.unusable(f"a newer version of {PROG} made it",
+                                "use that version, or another queue file")
         return False
 
-    def unusable(self, why):
-        return QueueUnusable(f"cannot use the queue {self.path}: {why}",
-                             "check the path, its rights and the room on the disk")
+    def unusable(self, why, hint="check the path, its rights and the room on the disk"):
+        return QueueUnusable(f"cannot use the queue {self.path}: {why}", hint)
 
     def __enter__(self):
         return self
@@ -1811,10 +1811,12 @@ class Queue:
                 there = (old["target"] or "").partition(" ")[2]
                 if old["state"] == "moving" and came not in (None, old["came"]):
                     raise self.unusable(
-                        f"a move out of it is not finished: repeat that first, to {there}")
+                        "a move out of it is not finished",
+                        f"repeat that first: queue move {there} --queue {self.path}")
                 new = self.lacks(old, self.files(mine))
                 if new and old["state"] in ("moving", "moved"):
-                    raise self.unusable(f"this run has gone to {there}")
+                    raise self.unusable(f"this run has gone to {there}",
+                                        "add the files there: create with --queue and that file")
                 for file in new:
                     self.run("UPDATE file SET entry = ? WHERE id = ?", old["id"], file.number)
                 self.drop("id = ?", mine)
