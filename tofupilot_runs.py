@@ -1192,7 +1192,7 @@ class Client:
         wire = check(operation, values)
         try:
             return self.perform(lambda: self.send(operation, wire),
-                                operation != "create_attachment")
+                                repeatable=operation != "create_attachment")
         except (NotFound, Refused) as error:
             id, said = wire.get("id"), error.message.partition(": ")[2]
             wrong = error.status == 400 and error.issues and re.match(
@@ -1241,10 +1241,10 @@ class Client:
                     f"key from: {self.login.source}   server: {self.login.url}")
             raise
 
-    def perform(self, once, again=True, look=None):
+    def perform(self, once, repeatable=True, look=None):
         """once() until it succeeds, fails for good, or patience is over.
 
-        `again`: whether it may be sent once more after it may have arrived. `look` is called
+        `repeatable`: whether it may be sent once more after it may have arrived. `look` is called
         before that: what it finds is the result, and nothing is sent again.
         """
         started, waited, tries, unsure, free = time.monotonic(), 0, 0, False, False
@@ -1255,12 +1255,14 @@ class Client:
                 error.unsure = unsure
                 raise
             except Unavailable as error:
-                free = error.stale and again and not free   # a kept connection was dead: no try
+                # a kept connection was dead: that costs no try, the first time
+                free = error.stale and repeatable and not free
                 tries += not free
                 unsure = unsure or error.sent
                 wait = 0 if free else delay(tries, 1, error.retry_after)
-                if not (free or tries <= self.retries and error.again
-                        and (again or not error.sent) and waited + wait <= PATIENCE):
+                may = error.again and (repeatable or not error.sent)
+                left = tries <= self.retries and waited + wait <= PATIENCE
+                if not free and not (may and left):
                     if tries > 1:
                         first, end, rest = error.message.partition("\n")
                         first += f", {tries} tries in {time.monotonic() - started:.0f} s"
