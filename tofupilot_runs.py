@@ -54,9 +54,10 @@ class Error(Exception):
     """Something failed. `message` says what and why, `hint` what to do next.
 
     `status` is the HTTP status or None, `code` the server's word, `issues` the list of single
-    problems, `id` the run's ID where a run was stored all the same.
+    problems, `id` the run's ID where a run was stored all the same, `cursor` where a listing that
+    broke off can go on.
     """
-    exit_code, id = 1, None
+    exit_code, id, cursor = 1, None, None
 
     def __init__(self, message, hint="", status=None, code=None, issues=()):
         super().__init__(message)
@@ -94,8 +95,11 @@ class AccessDenied(Error):
 
 
 class NotFound(Error):
-    """No such run, upload, queue entry or queue file (404). Fix the ID."""
-    exit_code = 4
+    """No such run, upload, queue entry or queue file (404). Fix the ID.
+
+    `unsure`: an earlier try got no answer; it may be the one that deleted.
+    """
+    exit_code, unsure = 4, False
 
 
 class Refused(Error):
@@ -1181,7 +1185,7 @@ class Client:
                     error.message += f"; {len(gone)} of {counted(len(ids), 'run')} were deleted"
                     raise
                 missing = error
-                if getattr(error, "unsure", False):     # the try without an answer deleted them
+                if error.unsure:        # the try without an answer deleted them
                     gone += part
         if missing and not gone:
             raise missing
@@ -2184,7 +2188,7 @@ class Screen:
                     comma = ","
                 self.stream.flush()
         except Error as error:
-            meta = {"has_more": True, "next_cursor": getattr(error, "cursor", None)}
+            meta = {"has_more": True, "next_cursor": error.cursor}
             raise
         finally:
             self.stream.write(f'\n], "meta": {dump_json(meta)}}}\n')
