@@ -2749,16 +2749,16 @@ def attach_lines(call, client, run_id, files):
 
 def create_queued(call, body, files):
     """Stores a run, then sends it and older ones for ten seconds at most."""
-    path, origin, problem, offline = queue_path(call), None, [], call.get("offline")
+    path, origin, problems, offline = queue_path(call), None, [], call.get("offline")
 
     def send():     # in a thread of its own
         try:
             with Queue(path) as queue:
                 work = Pass(queue, call.client(0))
                 work.run()
-                problem.extend(entry["error"] for entry in work.unsent)
+                problems.extend(entry["error"] for entry in work.unsent)
         except Exception as error:      # the run is stored: nothing here is a failure
-            problem.append(str(error))
+            problems.append(str(error))
     with contextlib.ExitStack() as stack:
         try:
             if not offline:
@@ -2774,7 +2774,7 @@ def create_queued(call, body, files):
             within(10, send)
         entry, meta = queue.find(entry["ref"]), queue.meta()
         waits = [row["stored_at"] for row in queue.entries("state = 'waiting'")]
-    if meta["parked"] or time.time() - min(waits + [math.inf]) > 86400:
+    if meta["parked"] or time.time() - min(waits, default=math.inf) > 86400:
         call.warn(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting in {path}: "
                   f"see {PROG} queue ls")
     run_id = entry["run_id"] if entry["state"] == "sent" else None
@@ -2783,26 +2783,26 @@ def create_queued(call, body, files):
         told = "Sent before: run" if before == "sent" else "Created run"
         return Result(document, created_lines(call.client(0), body, run_id, told) + [
             f"  Attached {file.name}  {size_text(file.size)}" for file in files])
-    why = entry["error"] or "".join(problem[:1])
+    lines = [f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; {meta['waiting']} wait"]
     if entry["target"]:
-        why = "moved to " + entry["target"].partition(" ")[2]
-    return Result(document, [f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; "
-                             f"{meta['waiting']} wait"] + ["  " + shown(why, 300)] * bool(why),
-                  ids=())
+        lines.append("  moved to " + entry["target"].partition(" ")[2])
+    elif entry["error"] or problems:
+        lines.append("  " + shown(entry["error"] or problems[0], 300))
+    return Result(document, lines, ids=())
 
 
 def create_unqueued(call, body, files, error):
     """The queue cannot be written: sends the run directly, or says that it is NOT stored."""
-    try:
-        if call.get("offline"):
-            raise error
+    if not call.get("offline"):
         call.warn(f"{error.message}; the run is sent directly")
-        return create_now(call, body, files)
-    except Error as error:
-        if error.id:
-            raise       # the run is stored, a file is not
-        raise Unavailable(error.message + "\nthe run is NOT stored", error.hint, error.status,
-                          error.code, error.issues) from None
+        try:
+            return create_now(call, body, files)
+        except Error as failure:
+            if failure.id:
+                raise       # the run is stored, a file is not
+            error = failure
+    raise Unavailable(error.message + "\nthe run is NOT stored", error.hint, error.status,
+                      error.code, error.issues) from None
 
 
 def within(seconds, work):
