@@ -569,7 +569,8 @@ def check_value(field, value):
                              + (f"; did you mean {words[meant]}?" if meant else ""))
         value = words[word]
     elif kind in ("time", "when"):
-        value = parse_time(value, kind == "when" and datetime.datetime.now().astimezone())
+        now = datetime.datetime.now().astimezone() if kind == "when" else None
+        value = parse_time(value, now)
     elif kind == "duration":
         value = parse_duration(value)
     elif kind in _BOUNDS:
@@ -2613,7 +2614,7 @@ class Call:
         """A line on a terminal that is written over, once a command takes more than 2 s."""
         self.began = self.began or time.monotonic()
         if time.monotonic() - self.began > 2 and isatty(sys.stderr) and not self.silent:
-            print(f"\r{text}  ", end="\n" * last, file=sys.stderr, flush=True)
+            print(f"\r{text}  ", end="\n" if last else "", file=sys.stderr, flush=True)
 
     def progress(self, file, sent):
         self.live(f"Uploading {shown(file.name, 40)} {100 * sent // file.size:3d}%  "
@@ -2683,9 +2684,10 @@ def run_create(call):
     if not isinstance(start, dict):
         raise BadInput("--body: must be a JSON object")
     values = call.values("create", start)
-    for name in ("started_at", "ended_at") if values.get("client_run_ref") else ():
-        with contextlib.suppress(AttributeError, TypeError, ValueError, OverflowError):
-            values[name] = parse_time(values.get(name), datetime.datetime.now().astimezone())
+    if values.get("client_run_ref"):        # with it even "now" is the same run each time
+        for name in ("started_at", "ended_at"):
+            with contextlib.suppress(AttributeError, TypeError, ValueError, OverflowError):
+                values[name] = parse_time(values.get(name), datetime.datetime.now().astimezone())
     body = with_ref(check("create", values, flags=True))
     if epoch(body["ended_at"]) > time.time() + 3600:
         call.warn(f"the run ends in the future, {body['ended_at']}: is this machine's clock right?")
@@ -2972,8 +2974,8 @@ def run_update_metadata(call):
     kept = [key for key, value in wire["metadata"].items() if value is not None]
     gone = [key for key, value in wire["metadata"].items() if value is None]
     answer = call.client().update_metadata(**wire)
-    told = "; ".join(["set " + ", ".join(kept)] * bool(kept)
-                     + ["removed " + ", ".join(gone)] * bool(gone))
+    told = "; ".join(f"{done} {', '.join(keys)}" for done, keys in (
+        ("set", kept), ("removed", gone)) if keys)
     return Result(answer, [f"Updated metadata of run {answer['id']}: {told}"])
 
 
@@ -3023,8 +3025,9 @@ def run_rm(call):
     ask(call, f"Delete {counted(len(ids), 'run')}?")
     gone = client.delete(ids)["id"]
     kept = [id for id in ids if id not in gone]
-    lines = [f"Deleted {counted(len(gone), 'run')}"] + [f"  {shown(id)}" for id in gone]
-    lines += [f"Not there: {len(kept)}"] * bool(kept) + [f"  {id}" for id in kept]
+    lines = [f"Deleted {counted(len(gone), 'run')}"] + [f"  {id}" for id in gone]
+    if kept:
+        lines += [f"Not there: {len(kept)}"] + [f"  {id}" for id in kept]
     return Result({"id": gone}, lines, [{"id": id} for id in gone])
 
 
