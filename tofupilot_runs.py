@@ -3106,7 +3106,7 @@ def version_text():
 
 # ---- command line --------------------------------------------------------------------------------
 
-Command = collections.namedtuple("Command", "run fields sentence examples")
+Command = collections.namedtuple("Command", "run fields sentence examples words")
 
 GLOBAL = _table("""
 output:
@@ -3132,12 +3132,15 @@ QUEUE = _table("queue: / queue path | the queue file; else TOFUPILOT_QUEUE, else
                "~/.tofupilot | line3.queue")
 
 
-def _command(run, fields, text):
-    """A Command of a text: one sentence, then examples ($) and the rows of flags of its own."""
+def _command(run, fields, text, words=""):
+    """A Command of a text: one sentence, then examples ($) and the rows of flags of its own.
+
+    `words`: what it takes besides flags, as the usage line says it.
+    """
     sentence, *lines = text.split("\n")
     rows = "\n".join(line for line in lines if line[:1] != "$")
     examples = [line[1:] for line in lines if line[:1] == "$"]
-    return Command(run, fields + _table(rows), sentence, examples)
+    return Command(run, fields + _table(rows), sentence, examples, words)
 
 
 COMMANDS = {
@@ -3196,7 +3199,7 @@ output: / sent flag | receipts of the last 30 days too"""),
 Show an entry of the queue (REF); --json is its request, for create --body.
 $ 3e1f7d02
 $ 3e1f7d02 --json --out run.json
-output: / download path | save its attachments in a folder | evidence"""),
+output: / download path | save its attachments in a folder | evidence""", "REF"),
     "queue send": _command(run_queue_send, QUEUE, """Send what is due, oldest first. For cron.
 $ --jitter 60
 $ --queue line3.queue
@@ -3204,13 +3207,13 @@ queue: / jitter seconds | wait up to so long first: many stations share a minute
     "queue retry": _command(lambda call: run_queue_send(call, retry=True), QUEUE, """\
 Send parked and waiting runs (REFs, or all) without waiting.
 $
-$ 3e1f7d02"""),
+$ 3e1f7d02""", "[REF ...]"),
     "queue rm": _command(run_queue_rm, QUEUE, """Remove entries (REFs) from the queue, unsent.
 $ 3e1f7d02
-output: / yes flag | do not ask"""),
+output: / yes flag | do not ask""", "REF ..."),
     "queue move": _command(run_queue_move, QUEUE, """\
 Hand all waiting runs to another queue file, such as on a stick.
-$ /media/stick/line3.queue"""),
+$ /media/stick/line3.queue""", "FILE"),
     "check": _command(run_check, QUEUE, """\
 Is this station set up? The first command on a new one.
 $"""),
@@ -3266,13 +3269,9 @@ queue
 """
 
 
-METAVARS = dict(pair.split("=") for pair in """id=ID duration=DURATION time=TIME when=TIME
-    seconds=S record=JSON metadata=JSON object=JSON integer=N limit=N count=N page=N path=FILE
-    boolean=true|false""".split())
-
-
-WORDS = {"queue get": " REF", "queue rm": " REF ...", "queue retry": " [REF ...]",
-         "queue move": " FILE"}
+METAVARS = dict(id="ID", duration="DURATION", time="TIME", when="TIME", seconds="S", record="JSON",
+                metadata="JSON", object="JSON", integer="N", limit="N", count="N", page="N",
+                path="FILE", boolean="true|false")      # by kind; else a flag's last word
 
 
 class Parser(argparse.ArgumentParser):
@@ -3283,7 +3282,8 @@ class Parser(argparse.ArgumentParser):
         def form(prog):
             return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
                                                         width=min(100, terminal_width()) - 1)
-        usage = f"{PROG} {path}{WORDS.get(path, '')} [flags]"
+        words = COMMANDS[path].words if path in COMMANDS else ""
+        usage = " ".join(filter(None, [PROG, path, words, "[flags]"]))
         super().__init__(f"{PROG} {path}".rstrip(), usage, add_help=False, formatter_class=form,
                          argument_default=argparse.SUPPRESS)
         self.path = path
@@ -3374,7 +3374,7 @@ def parse(argv):
     if not path:
         raise BadInput("a command is missing",
                        "one of: " + ", ".join(inner_commands(found.get(" word") or "")))
-    if words and path not in WORDS:
+    if words and not COMMANDS[path].words:
         raise BadInput(f"unexpected word {words[0][:60]}",
                        f"values follow their flag: {flag(fields[0].name)} {words[0][:60]}?")
     for field in fields:
