@@ -10,7 +10,8 @@ As a module it has `Client` and the errors it raises. The rooms of this file, in
 which a command flows, each using only those above it: identity, errors (the type says what a
 caller can do next), values (text to wire and back), fields (one table of flags, requests, checks
 and help), login, transport (one kept connection per host; is it the API speaking?), client,
-attaching, queue (one SQLite file), output, commands (only main prints), command line.
+attaching, queue (one SQLite file), output, commands (each returns a Result, which execute
+writes), command line.
 """
 f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
 
@@ -317,26 +318,6 @@ def plain(value):
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def run_ref(body):
-    """The client_run_ref of a create: SHA-256 of its content, the same in all releases.
-
-    Keys sorted, every time of the table in UTC, without the ref itself.
-
-    >>> run_ref({"started_at": "2026-05-19T10:00:00+02:00"})[:16]
-    'd5088dd6c3b9ff9c'
-    """
-    def normal(value, field):
-        if isinstance(value, list):
-            return [normal(item, field) for item in value]
-        if isinstance(value, dict):
-            known = {each.name: each for each in field.fields}
-            return {key: normal(item, known.get(key, _UNKNOWN)) for key, item in value.items()}
-        return instant(value) if value and field.kind == "time" else value
-    content = {key: item for key, item in body.items() if key != "client_run_ref"}
-    content = normal(content, OPERATIONS["create"])
-    return digest([json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")])
-
-
 def digest(blocks):
     import hashlib
     found = hashlib.sha256()
@@ -356,6 +337,12 @@ def parse_word(text):
         if isinstance(value, str) or dump_json(value) == text and text[0] not in "[{":
             return value
     return text
+
+
+def local_path(text):
+    """A path of the command line as the system's functions want it: see main about Python 3.6."""
+    return text if sys.version_info >= (3, 7) else os.fsdecode(
+        text.encode("utf-8", "surrogateescape"))
 
 
 def dig(value, path):
@@ -604,12 +591,6 @@ def check_value(field, value):
     return value
 
 
-def local_path(text):
-    """A path of the command line as the system's functions want it: see main about Python 3.6."""
-    return text if sys.version_info >= (3, 7) else os.fsdecode(
-        text.encode("utf-8", "surrogateescape"))
-
-
 def check_metadata(value):
     must(len(value) <= 50, f"has {len(value)} keys, the server takes 50")
     for key, item in value.items():
@@ -710,6 +691,26 @@ def check(operation, values, flags=False):
     if problems:
         raise BadInput(f"{len(problems)} problems in the input, nothing was sent", issues=problems)
     return wire
+
+
+def run_ref(body):
+    """The client_run_ref of a create: SHA-256 of its content, the same in all releases.
+
+    Keys sorted, every time of the table in UTC, without the ref itself.
+
+    >>> run_ref({"started_at": "2026-05-19T10:00:00+02:00"})[:16]
+    'd5088dd6c3b9ff9c'
+    """
+    def normal(value, field):
+        if isinstance(value, list):
+            return [normal(item, field) for item in value]
+        if isinstance(value, dict):
+            known = {each.name: each for each in field.fields}
+            return {key: normal(item, known.get(key, _UNKNOWN)) for key, item in value.items()}
+        return instant(value) if value and field.kind == "time" else value
+    content = {key: item for key, item in body.items() if key != "client_run_ref"}
+    content = normal(content, OPERATIONS["create"])
+    return digest([json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")])
 
 
 # ---- login ---------------------------------------------------------------------------------------
