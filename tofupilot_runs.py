@@ -179,6 +179,7 @@ def dump_json(value, indent=None):
 
 
 def must(holds, why):
+    """ValueError(why) unless it holds; who calls adds the name of the field, or the hint."""
     if not holds:
         raise ValueError(why)
 
@@ -376,6 +377,10 @@ def closest(word, known):
 # the check and the place in the request. A row is "name kind choices | help | example"; rows stand
 # on lines below the title of their group in the help, short ones on one line with / between. After
 # the kind: * a list, ! required, ? null is allowed.
+#
+# A kind is a branch of check_value. Those that look alike: `time` is a whole time and `when` also
+# 24h or now; `id` is the server's, `serial` a text to look for, `identifier` a name that the server
+# makes an object of; `record` has the fields of _records, `object` any, `metadata` up to 50 keys.
 
 Field = collections.namedtuple(
     "Field", "name kind many need null group help example choices fields")
@@ -447,6 +452,7 @@ order by (started_at if not given) | duration
   sort_order enum asc desc | direction (desc if not given) | asc
 """)
 
+# the JSON objects inside a create, the innermost first; fields with the same rows share a line
 for _line in """\
 validators: outcome enum? PASS FAIL UNSET / operator text? / expected_value any? / \
 expression text? / is_decisive boolean?
@@ -788,7 +794,7 @@ def find_login(url=None, api_key=None, source="api_key", allow_http=False, warn=
     origin = named and parse_origin(named, allow_http, "--url" if url else "TOFUPILOT_URL")
     path, found = read_credentials(warn) if api_key is None or not origin else (None, {})
     theirs = found.get("base_url")
-    if theirs or path and not origin:
+    if theirs or path and not origin:       # a key whose server is not known goes nowhere
         theirs = parse_origin(str(theirs).rstrip("/"), allow_http, f"base_url in {path}")
     if api_key is None and path:
         api_key, source = found["api_key"], path
