@@ -1766,7 +1766,7 @@ class Queue:
             "hop, came, (SELECT count(*) FROM file WHERE entry = entry.id) AS files "
             f"FROM entry WHERE state != 'storing' AND {where} ORDER BY id", *values)]
 
-    def same(self, ref):
+    def by_ref(self, ref):
         """The entry of a ref, or None: there is one at most."""
         return next(iter(self.entries("ref = ?", ref)), None)
 
@@ -1794,20 +1794,20 @@ class Queue:
         A receipt from another server than `origin` (None: not known) does not answer.
         """
         units = {unit.lower() for unit in [body["serial_number"]] + body.get("sub_units", [])}
-        return self.put({
+        return self.enter({
             "ref": body["client_run_ref"], "body": dump_json(body), "content": run_ref(body),
             "units": dump_json(sorted(units)), "outcome": body["outcome"],
             "serial_number": body["serial_number"], "procedure_id": body["procedure_id"],
             "stored_at": time.time()}, files, origin)
 
-    def put(self, values, files, origin=None):
+    def enter(self, values, files, origin=None):
         """Enters an entry with its files, or adds to the one that is there what it lacks."""
         ref, came = values["ref"], values.get("came")
 
         def over(old):      # it came back; another server's receipt
             return (old["state"] == "moved" and came not in (None, old["came"])
                     or old["state"] == "sent" and origin not in (None, old["origin"]))
-        old = self.same(ref)
+        old = self.by_ref(ref)
         if old and not over(old):
             files = self.lacks(old, files)
         with self.transaction():
@@ -1815,7 +1815,7 @@ class Queue:
             mine = self.insert("entry", **dict(values, state="storing"))
             for file in files:
                 self.copy_in(mine, file)
-            old = self.same(ref)        # it may have come meanwhile
+            old = self.by_ref(ref)        # it may have come meanwhile
             if old and old["content"] != values["content"]:
                 raise BadInput(f"client_run_ref {ref[:80]} is another run's in {self.path}",
                                "give each run a reference of its own, or none")
@@ -1837,7 +1837,7 @@ class Queue:
                 if new and old["state"] == "sent":
                     self.change(old["id"], state="waiting", next_try_at=0, body=values["body"])
             self.run("UPDATE entry SET state = 'waiting' WHERE id = ?", mine)
-            return self.same(ref)       # here: after the COMMIT nothing may fail
+            return self.by_ref(ref)       # here: after the COMMIT nothing may fail
 
     def lacks(self, entry, files):
         """Those of the files that the entry does not hold: name and content tell."""
@@ -2101,10 +2101,10 @@ def move(queue, path):
                               came=entry["hop"])
                 del values["files"]
                 try:
-                    target.put(values, queue.files(entry["id"]))
+                    target.enter(values, queue.files(entry["id"]))
                 except Error as error:      # full, or gone: what surely is not there stays here
                     for rest in moving[number:]:
-                        there = target.same(rest["ref"])
+                        there = target.by_ref(rest["ref"])
                         if (not there or there["content"] != rest["content"]
                                 or there["state"] == "moved" and there["came"] != rest["hop"]):
                             queue.change(rest["id"], state="waiting", target=None, hop=None)
