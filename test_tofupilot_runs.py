@@ -3063,12 +3063,12 @@ for line in sys.stdin:
     print(-(status & 127) or status >> 8, file=sys.__stdout__, flush=True)
 """
 AT_STATEMENT = """
-real, seen = runs.Queue.run, [0]
+real, seen = runs.Queue.sql, [0]
 def run(self, sql, *args):
     seen[0] += 1
     if %s
     return real(self, sql, *args)
-runs.Queue.run = run
+runs.Queue.sql = run
 """
 KILL = AT_STATEMENT % "seen[0] == n: os.kill(os.getpid(), 9)"
 FULL_DISK = AT_STATEMENT % """seen[0] >= n and sql[:6] in ("INSERT", "UPDATE", "COMMIT", "PRAGMA"):
@@ -3735,8 +3735,8 @@ class KilledWhileStoring(QueueCase):
         self.do(*create("A1"), env={"TOFUPILOT_QUEUE": self.at("11.queue")})
         self.intact(**expected)     # the create was answered by the receipt
         no_mark = """
-marked = runs.Queue.run
-runs.Queue.run = lambda self, sql, *values: marked(self, sql.replace(
+marked = runs.Queue.sql
+runs.Queue.sql = lambda self, sql, *values: marked(self, sql.replace(
     "state = 'moving', target", "target").replace(
     "state = 'moving'", "state = 'waiting' AND target IS NOT NULL"), *values)
 """

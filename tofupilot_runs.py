@@ -1679,17 +1679,17 @@ class Queue:
             self.connection = sqlite3.connect(self.name, timeout=30, isolation_level=None)
             self.connection.row_factory = sqlite3.Row
             if new:     # before anything else: later it is ignored without a word
-                self.run("PRAGMA auto_vacuum = INCREMENTAL")
+                self.sql("PRAGMA auto_vacuum = INCREMENTAL")
             # before 3.12 EXTRA would mean NORMAL
-            self.run("PRAGMA synchronous = "
+            self.sql("PRAGMA synchronous = "
                      + ("EXTRA" if sqlite3.sqlite_version_info >= (3, 12) else "FULL"))
-            self.run("PRAGMA secure_delete = OFF")
-            if not self.run("SELECT name FROM sqlite_master"):
+            self.sql("PRAGMA secure_delete = OFF")
+            if not self.sql("SELECT name FROM sqlite_master"):
                 with self.transaction():
-                    if not self.run("SELECT name FROM sqlite_master"):  # nobody else was first
+                    if not self.sql("SELECT name FROM sqlite_master"):  # nobody else was first
                         for statement in SCHEMA.split(";"):
-                            self.run(statement)
-            self.identity = self.run("SELECT id FROM identity")[0]["id"]
+                            self.sql(statement)
+            self.identity = self.sql("SELECT id FROM identity")[0]["id"]
         except ImportError:
             raise self.unusable("this Python has no sqlite3") from None
         except OSError as error:
@@ -1730,37 +1730,37 @@ class Queue:
     def __exit__(self, *_):
         self.connection.close()
 
-    def run(self, sql, *values):
+    def sql(self, statement, *values):
         """The rows of one statement."""
         try:
-            return self.connection.execute(sql, values).fetchall()
+            return self.connection.execute(statement, values).fetchall()
         except (self.sqlite3.Error, UnicodeError) as error:
             raise self.unusable(error) from None
 
     def insert(self, table, **values):
         """The number of a new row."""
-        self.run(f"INSERT INTO {table} ({', '.join(values)}) VALUES ("
+        self.sql(f"INSERT INTO {table} ({', '.join(values)}) VALUES ("
                  f"{', '.join('?' * len(values))})", *values.values())
-        return self.run("SELECT last_insert_rowid()")[0][0]
+        return self.sql("SELECT last_insert_rowid()")[0][0]
 
     def change(self, number, **values):
         names = ", ".join(f"{name} = ?" for name in values)
-        self.run(f"UPDATE entry SET {names} WHERE id = ?", *values.values(), number)
+        self.sql(f"UPDATE entry SET {names} WHERE id = ?", *values.values(), number)
 
     @contextlib.contextmanager
     def transaction(self):
-        self.run("BEGIN IMMEDIATE")
+        self.sql("BEGIN IMMEDIATE")
         try:
             yield
-            self.run("COMMIT")
+            self.sql("COMMIT")
         except BaseException:
             with contextlib.suppress(QueueUnusable):
-                self.run("ROLLBACK")
+                self.sql("ROLLBACK")
             raise
 
     def entries(self, where, *values):
         """Entries (dicts) without what is large, oldest first; `files` is how many they have."""
-        return [dict(row) for row in self.run(
+        return [dict(row) for row in self.sql(
             "SELECT id, ref, state, units, outcome, serial_number, procedure_id, stored_at, tries, "
             "tried_at, failed_at, next_try_at, error, exit_code, content, origin, run_id, target, "
             "hop, came, (SELECT count(*) FROM file WHERE entry = entry.id) AS files "
@@ -1782,11 +1782,11 @@ class Queue:
         return found[0]
 
     def body(self, number):
-        return self.run("SELECT body FROM entry WHERE id = ?", number)[0]["body"]
+        return self.sql("SELECT body FROM entry WHERE id = ?", number)[0]["body"]
 
     def files(self, number):
         return [QueuedFile(self, row) for row in
-                self.run("SELECT * FROM file WHERE entry = ? ORDER BY id", number)]
+                self.sql("SELECT * FROM file WHERE entry = ? ORDER BY id", number)]
 
     def store(self, body, files, origin=None):
         """Commits a create and its files: the entry that holds it. The same create is one entry.
@@ -1832,11 +1832,11 @@ class Queue:
                     raise self.unusable(f"this run has gone to {there}",
                                         "add the files there: create with --queue and that file")
                 for file in new:
-                    self.run("UPDATE file SET entry = ? WHERE id = ?", old["id"], file.number)
+                    self.sql("UPDATE file SET entry = ? WHERE id = ?", old["id"], file.number)
                 self.drop("id = ?", mine)
                 if new and old["state"] == "sent":
                     self.change(old["id"], state="waiting", next_try_at=0, body=values["body"])
-            self.run("UPDATE entry SET state = 'waiting' WHERE id = ?", mine)
+            self.sql("UPDATE entry SET state = 'waiting' WHERE id = ?", mine)
             return self.by_ref(ref)       # here: after the COMMIT nothing may fail
 
     def lacks(self, entry, files):
@@ -1852,24 +1852,24 @@ class Queue:
                              upload_id=file.upload_id, done=int(file.done))
         for part, block in enumerate(file.blocks()):
             found.update(block)
-            self.run("INSERT INTO chunk VALUES (?, ?, ?)", number, part, block)
+            self.sql("INSERT INTO chunk VALUES (?, ?, ?)", number, part, block)
             if part % 256 == 255:
-                self.run("COMMIT")
-                self.run("BEGIN IMMEDIATE")
-        self.run("UPDATE file SET sha256 = ? WHERE id = ?", found.hexdigest(), number)
+                self.sql("COMMIT")
+                self.sql("BEGIN IMMEDIATE")
+        self.sql("UPDATE file SET sha256 = ? WHERE id = ?", found.hexdigest(), number)
 
     def drop(self, where, *values):
         """Deletes entries with all that they hold."""
         chosen = f"(SELECT id FROM entry WHERE {where})"
-        self.run(f"DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry IN {chosen})",
+        self.sql(f"DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry IN {chosen})",
                  *values)
-        self.run(f"DELETE FROM file WHERE entry IN {chosen}", *values)
-        self.run(f"DELETE FROM entry WHERE {where}", *values)
+        self.sql(f"DELETE FROM file WHERE entry IN {chosen}", *values)
+        self.sql(f"DELETE FROM entry WHERE {where}", *values)
 
     def end(self, entry, state):
         """Makes an entry a receipt: what is large goes."""
         if entry["files"]:
-            self.run("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)",
+            self.sql("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)",
                      entry["id"])
         self.change(entry["id"], state=state, body=None, error=None, ended_at=time.time(),
                     run_id=entry["run_id"])
@@ -1879,7 +1879,7 @@ class Queue:
         with self.transaction():
             self.drop("state IN ('sent', 'moved') AND ended_at < ?",
                       time.time() - RECEIPT_DAYS * 86400)
-        for _ in range(0, self.run("PRAGMA freelist_count")[0][0], 1000):
+        for _ in range(0, self.sql("PRAGMA freelist_count")[0][0], 1000):
             try:        # execute() would free one page: only executescript() goes on to the end
                 self.connection.executescript("PRAGMA incremental_vacuum(1000)")
             except self.sqlite3.Error as error:
@@ -1899,7 +1899,7 @@ class Queue:
             yield lock.in_transaction
 
     def meta(self):
-        counts = dict(map(tuple, self.run("SELECT state, count(*) FROM entry GROUP BY state")))
+        counts = dict(map(tuple, self.sql("SELECT state, count(*) FROM entry GROUP BY state")))
         states = ("waiting", "parked", "sent", "moving")
         return dict({state: counts.get(state, 0) for state in states},
                     file=self.path, bytes=os.path.getsize(self.path))
@@ -1914,14 +1914,14 @@ class QueuedFile:
 
     def blocks(self):
         for part in range((self.size + BLOCK - 1) // BLOCK):    # one key, no sorting
-            yield self.queue.run("SELECT data FROM chunk WHERE file = ? AND part = ?",
+            yield self.queue.sql("SELECT data FROM chunk WHERE file = ? AND part = ?",
                                  self.number, part)[0]["data"]
 
     def sha256(self):
         return self.digest
 
     def save(self):
-        self.queue.run("UPDATE file SET upload_id = ?, done = ? WHERE id = ?", self.upload_id,
+        self.queue.sql("UPDATE file SET upload_id = ?, done = ? WHERE id = ?", self.upload_id,
                        int(self.done), self.number)
 
 
@@ -2002,7 +2002,7 @@ class Pass:
 
     def mark(self, numbers, now, here):
         """Commits that these may go out from now on, or that they did not."""
-        self.queue.run("UPDATE entry SET tried_at = ?, origin = ? WHERE id IN "
+        self.queue.sql("UPDATE entry SET tried_at = ?, origin = ? WHERE id IN "
                        f"({', '.join(map(str, numbers))})", now, here)
 
     def send(self, entry):
@@ -2014,7 +2014,7 @@ class Pass:
             self.flush()        # a look must know which runs are others
 
         def taken():
-            return {row["run_id"] for row in queue.run(
+            return {row["run_id"] for row in queue.sql(
                 "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
                 entry["serial_number"])}
         try:
@@ -2043,7 +2043,7 @@ class Pass:
             return
         with self.queue.transaction():
             unfinished = {row["entry"] for row in
-                          self.queue.run("SELECT entry FROM file WHERE done = 0")}
+                          self.queue.sql("SELECT entry FROM file WHERE done = 0")}
             for entry in self.fresh:
                 if entry["id"] in unfinished:       # it got more files meanwhile
                     self.queue.change(entry["id"], run_id=entry["run_id"])
@@ -2092,7 +2092,7 @@ def move(queue, path):
                         f"a move to another file is not finished: {other}", "move to that file "
                         "first; if it is lost: queue get REF --json, create it again, queue rm REF")
             with queue.transaction():
-                queue.run("UPDATE entry SET state = 'moving', target = ?, hop = ? || id WHERE "
+                queue.sql("UPDATE entry SET state = 'moving', target = ?, hop = ? || id WHERE "
                           "state = 'waiting'", f"{target.identity} {target.path}",
                           os.urandom(16).hex())
             moving = queue.entries("state = 'moving'")
@@ -2939,7 +2939,7 @@ def run_queue_send(call, retry=False):
                     queue.change(entry["id"], state="waiting", next_try_at=0)
         work = Pass(queue, client, call.log, force)
         alone, meta = work.run(), queue.meta()
-        soon = queue.run("SELECT min(next_try_at) FROM entry WHERE state = 'waiting'")[0][0]
+        soon = queue.sql("SELECT min(next_try_at) FROM entry WHERE state = 'waiting'")[0][0]
     codes = {entry["exit_code"] for entry in work.unsent}
     if not alone:
         call.note("another process is sending this queue: nothing to do")
