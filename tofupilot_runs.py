@@ -939,7 +939,7 @@ class Transport:
             result = type(error).__name__
             if isinstance(error, Error):
                 raise
-            raise lost(request, error, self.watchdog.late) from None
+            raise no_answer(request, error, self.watchdog.late) from None
         finally:
             self.watchdog.until = math.inf
             if callable(content):
@@ -977,7 +977,7 @@ def http_date(text):
         return mktime_tz(parsedate_tz(text))
 
 
-def lost(request, error, late):
+def no_answer(request, error, late):
     """The Unavailable for an exchange that got no answer: what, why, what to do."""
     import socket
     from urllib.parse import urlsplit
@@ -1020,7 +1020,7 @@ def not_the_api(url, status, what):
                      "is --url right? A login page or a proxy may answer in its place", status)
 
 
-def target(answer):
+def redirected_to(answer):
     """Where a redirect points to, without what is secret in it."""
     return str(answer.headers.get("Location", "")).split("?")[0][:200]
 
@@ -1048,7 +1048,7 @@ def read_answer(answer, url, need):
     status, found = answer.status, None
     kind = (answer.headers.get("Content-Type") or "").split(";")[0].strip().lower()
     if 300 <= status < 400:
-        raise not_the_api(url, status, f"a redirect to {target(answer)}, not followed")
+        raise not_the_api(url, status, f"a redirect to {redirected_to(answer)}, not followed")
     if kind == "application/json" or kind.endswith("+json"):
         with contextlib.suppress(ValueError):
             found = load_json(answer.data)
@@ -1532,8 +1532,9 @@ def at_storage(client, method, url, size, headers, content=None, begin=lambda: N
         answer = client.transport.exchange(method, url, headers, content, 60 + size / 16384,
                                            begin())
         if answer.status != 200:
-            redirect = target(answer) and f", a redirect to {target(answer)}"
-            error = storage_error(f"{parts.netloc} answered {answer.status}{redirect}",
+            where = redirected_to(answer)
+            told = f", a redirect to {where}" if where else ""
+            error = storage_error(f"{parts.netloc} answered {answer.status}{told}",
                                   answer.status)
             error.retry_after = retry_after(answer)
             raise error
@@ -2828,7 +2829,7 @@ def queue_path(call):
             or os.path.join(home(), "runs.queue"))
 
 
-def the_queue(call, changes=False):
+def open_queue(call, changes=False):
     """The queue that a command works on; `changes`: without a request, so no --dry-run of it."""
     if changes and call.get("dry_run"):
         raise BadInput("--dry-run: this command sends no request, it changes the queue",
@@ -2858,7 +2859,7 @@ def queue_text(meta):
 
 
 def run_queue_ls(call):
-    with the_queue(call) as queue:
+    with open_queue(call) as queue:
         hidden = "" if call.get("sent") else ", 'sent', 'moved'"
         rows = list(map(entry_json, queue.entries(f"state NOT IN ('storing'{hidden})")))
         meta = queue.meta()
@@ -2872,7 +2873,7 @@ def run_queue_ls(call):
 
 def run_queue_get(call):
     folder, saved = call.get("download"), []
-    with the_queue(call) as queue:
+    with open_queue(call) as queue:
         entry = queue.find(refs(call, 1)[0])
         files, body = queue.files(entry["id"]), queue.body(entry["id"])
         for file in files if folder and body else ():
@@ -2898,7 +2899,7 @@ def refs(call, count=None, needs="a REF is needed: queue ls shows them, the begi
 
 
 def run_queue_rm(call):
-    with the_queue(call, changes=True) as queue:
+    with open_queue(call, changes=True) as queue:
         entries = [queue.find(word) for word in refs(call)]
         ask(call, f"Remove {counted(len(entries), 'run')} from the queue?")
         with queue.transaction():
@@ -2925,7 +2926,7 @@ def run_queue_send(call, retry=False):
     if call.get("jitter"):
         time.sleep(delay(0, call.get("jitter")))
     client, force = call.client(0), set()
-    with the_queue(call) as queue:
+    with open_queue(call) as queue:
         if client.plan:
             for entry in queue.entries("state = 'waiting'"):
                 client.send_create(json.loads(queue.body(entry["id"])))
@@ -2960,7 +2961,7 @@ def run_queue_send(call, retry=False):
 
 
 def run_queue_move(call):
-    with the_queue(call, changes=True) as queue:
+    with open_queue(call, changes=True) as queue:
         count, path = move(queue, refs(call, 1, "a FILE is needed: the queue to move to")[0])
     return Result({"moved": count, "file": path}, [
         f"Moved {counted(count, 'run')} to {path}, which holds the only copy now" if count
