@@ -2484,10 +2484,14 @@ class Call:
     """One command line: its flags as checked values, stderr, and what the commands share."""
 
     def __init__(self, flags, words, fields):
-        self.flags, self.words, self.planned, self.stdin = flags, words, [], None
+        self.flags, self.words = flags, words
         self.fields = {field.name: field for field in fields}
+        self.planned = []       # the requests of --dry-run
+        self.stdin = None       # the flag that has read it
+        self.durable = False    # a run is in the queue: exit 0, whatever comes
+        self.began = None       # when there was progress to show first
         self.format = "json" if self.get("json") else self.get("format") or "table"
-        self.quiet, self.durable, self.began = bool(self.get("q")), False, None
+        self.quiet = bool(self.get("q"))
         self.made = None        # the Client, once it is asked for
         self.silent = self.format == "json" and not self.get("v")
 
@@ -2551,9 +2555,11 @@ class Call:
             elif field.many and field.kind in ("id", "serial"):
                 words, value = value, []
                 for word in words:
-                    data = self.read(word, field.name)
-                    value += [word.strip()] if data is word else filter(None, map(
-                        str.strip, data.decode("utf-8-sig", "replace").splitlines()))
+                    data, lines = self.read(word, field.name), [word]
+                    if data is not word:        # a file's bytes: one value a line
+                        lines = data.decode("utf-8-sig", "replace").splitlines()
+                        lines = [line for line in lines if line.strip()]
+                    value += [line.strip() for line in lines]
                 if not value:       # an empty filter would mean everything
                     raise BadInput(f"{flag(field.name)}: there is no value in it",
                                    "give one at least")
@@ -3360,9 +3366,11 @@ def add_flags(parser, fields):
 
 
 def inner_commands(path):
-    """The commands that begin with this word, or those of one word."""
-    return [key for key in COMMANDS if key.startswith(path + " ")] or [
-        key for key in COMMANDS if " " not in key and (key != "check" or not path)]
+    """The commands that begin with this word; without one, or after runs, those of one word."""
+    if path in ("", "runs"):
+        own = {"check"} if path else set()      # check is about the station: no command of runs
+        return [key for key in COMMANDS if " " not in key and key not in own]
+    return [key for key in COMMANDS if key.startswith(path + " ")]
 
 
 def parse(argv):
