@@ -384,7 +384,7 @@ def closest(word, known):
 
 Field = collections.namedtuple(
     "Field", "name kind many need null group help example choices fields")
-Operation = collections.namedtuple("Operation", "method path fields answers")
+Operation = collections.namedtuple("Operation", "method path fields answer_keys")
 
 
 _records = {}       # the Fields of the JSON objects inside a request, by the field that has them
@@ -509,7 +509,7 @@ metadata:
   unit_metadata metadata | the same, for the unit | @unit.json
 """)
 
-OPERATIONS = {      # the last: texts that an answer must hold
+OPERATIONS = {      # answer_keys: texts that an answer must hold, else it is not the API's
     "list": Operation("GET", "/v2/runs", LIST, ""),
     "get": Operation("GET", "/v2/runs/{id}", ID, "id"),
     "create": Operation("POST", "/v2/runs", CREATE, "id"),
@@ -1043,8 +1043,8 @@ def delay(tries, unit, asked=None):
     return random.uniform(0, min(LONGEST_WAIT, unit * 2 ** min(tries, 12)))
 
 
-def read_answer(answer, url, need):
-    """The JSON object of an answer, or the error that it tells. `need`: texts it must hold."""
+def read_answer(answer, url, keys):
+    """The JSON object of an answer, or the error that it tells. `keys`: of texts it must hold."""
     status, found = answer.status, None
     kind = (answer.headers.get("Content-Type") or "").split(";")[0].strip().lower()
     if 300 <= status < 400:
@@ -1054,7 +1054,7 @@ def read_answer(answer, url, need):
             found = load_json(answer.data)
     found = found if isinstance(found, dict) else {}
     if status < 300:
-        if found and all(isinstance(found.get(key), str) and found[key] for key in need.split()):
+        if found and all(isinstance(found.get(key), str) and found[key] for key in keys.split()):
             return found
         said = answer.data[:60].decode("utf-8", "replace")
         raise not_the_api(url, status, f"{kind or 'no type'}, {said!r}" if said else "empty")
@@ -1222,7 +1222,7 @@ class Client:
     def send(self, operation, wire):
         """One exchange with the API: the JSON object of its answer."""
         from urllib.parse import quote, urlencode
-        method, path, _, answers = OPERATIONS[operation]
+        method, path, _, answer_keys = OPERATIONS[operation]
         rest, body, content, url = dict(wire), None, None, f"{self.login.url}/api{path}"
         if "{id}" in path:
             url = url.replace("{id}", quote(rest.pop("id"), safe=""))
@@ -1242,7 +1242,7 @@ class Client:
             headers["Content-Type"] = "application/json"
         answer = self.transport.exchange(method, url, headers, content)
         try:
-            return read_answer(answer, url, answers)
+            return read_answer(answer, url, answer_keys)
         except Error as error:      # a server may say the key that it got
             error.message, *error.issues = [text.replace(self.login.key, "(the key)")
                                             for text in [error.message] + error.issues]
