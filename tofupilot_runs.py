@@ -2278,7 +2278,11 @@ def fit(lines, columns, width, keep_all):
     number; a queue's table loses its last columns, what was asked for (`keep_all`) none.
     """
     need, keep = [max(map(cells, texts)) for texts in zip(*lines)], list(range(len(columns)))
-    drop = [] if keep_all else [3, 4, 2] if columns is RUN_COLUMNS else keep[:0:-1]
+    drop = keep[:0:-1]          # from the last one on, never the first
+    if columns is RUN_COLUMNS:
+        drop = [3, 4, 2]        # PROCEDURE, STARTED, SERIAL
+    if keep_all:
+        drop = []
     hard = [i for i in keep if columns[i][1].endswith(("outcome", "id", "_at", "_ref"))]
     while True:
         free = width - 1 - 2 * (len(keep) - 1) - sum(need[i] for i in keep if i in hard)
@@ -2290,7 +2294,7 @@ def fit(lines, columns, width, keep_all):
         need[i] = min(need[i], max(8, free // (len(shares) - number)))
         free -= need[i]
     if len(keep) == 2 and columns is RUN_COLUMNS:
-        keep.reverse()
+        keep.reverse()          # OUTCOME, then the ID, which is the longer one
     return [(i, need[i]) for i in keep]
 
 
