@@ -2337,6 +2337,20 @@ class Deleting(Case):
         self.box.fault("drop-after", "DELETE /v2/runs")
         self.assertEqual((self.ok("rm", "--ids", id, "-q").out.strip(), self.stored()), (id, []))
 
+    def test_a_request_that_fails_after_others_tells_what_is_gone(self):
+        """Control: with the free try taken for one, the unknown IDs count as deleted."""
+        self.box.store.fill(101)
+        ids = self.stored()
+        unknown = [NOBODY[:-2] + str(number) for number in range(10, 60)]
+        self.box.fault("drop-before", "DELETE /v2/runs", skip=1)    # its connection was dead
+        self.assertEqual(self.ok("rm", "--json", "--ids", *ids[:100], *unknown).json,
+                         {"id": ids[:100]})
+        self.box.store.fill(100)
+        ids = self.stored()
+        self.box.fault("status", "DELETE /v2/runs", skip=1)
+        self.assertIn("100 of 101 runs were deleted", self.fails(6, "rm", *ONCE, "--ids", *ids).err)
+        self.assertEqual(self.stored(), ids[100:])
+
     @unittest.skipIf(not POSIX, "no pty here")
     def test_on_a_terminal_it_asks_first(self):
         id = self.made()
@@ -2581,6 +2595,9 @@ class HostileServers(Case):
         for process in [self.start("ls", "--url", url, "--timeout", "0.3", *ONCE) for url in urls]:
             ran = self.ended(process, 6)
             self.assertRegex(ran.err, "^error: (no answer from|cannot reach) 127.0.0.1")
+        ran = self.run_script("ls", "--url", "https://a.example", "--timeout", "0.3", *ONCE,
+                              env={"HTTPS_PROXY": urls[3]}, status=6)   # before TLS begins
+        self.assertIn("no complete answer", ran.err)
 
 
 class HostileText(Case):
@@ -3677,6 +3694,39 @@ class ExactlyOnceOnAnOldServer(ExactlyOnce):
     """The same on a server that does not know client_run_ref."""
     options = {"knows_ref": False}
 
+    def test_a_look_that_is_refused_is_no_answer_and_nothing_is_sent_again(self):
+        """Control: with only Unavailable caught round the look the run doubles."""
+        for number, status in enumerate((401, 403, 404, 503)):
+            self.offline(f"A{number}")
+            self.box.fault("drop-after", "POST /v2/runs", times=None)
+            self.box.fault("status", "GET /v2/runs", times=None, status=status)
+            ran = self.do("queue", "send", "--retries", "1", status=None)
+            self.assertIn("may be stored", ran.out)
+            self.calm()
+            self.do("queue", "retry")
+        self.intact("A0", "A1", "A2", "A3")
+
+    def test_serials_that_differ_in_case_are_two_runs(self):
+        """Control: compared as they are, the second adopts the run of the first."""
+        self.offline("sn1", "SN1")
+        self.do("queue", "send")
+        self.assertEqual(len(self.stored()), 2)
+        self.offline("sn2", "SN2")
+        self.box.fault("drop-before", "POST /v2/runs", skip=1)
+        self.do("queue", "send", status=None)
+        self.do("queue", "retry")
+        self.assertEqual(len(self.stored()), 4)
+
+    def test_a_move_brings_the_doubt_about_a_run_along(self):
+        """Control: without tried_at in what enter() merges it is sent twice."""
+        words = create("A", "--offline")
+        for path in self.path, "stick":
+            self.do(*words, "--queue", path)
+        self.box.fault("drop-after", "POST /v2/runs")
+        self.do("queue", "send", status=6)
+        self.do("queue", "move", "stick")
+        self.delivered("A", at=["stick"])
+
 
 @unittest.skipUnless(Forge.there, "the kills need fork")
 class KilledWhileStoring(QueueCase):
@@ -4018,6 +4068,47 @@ class Moving(QueueCase):
         self.assertIn("0 of 1 run moved", ran.err)
         self.assertEqual((self.states(), self.states(self.stick)), ({"waiting": 1}, {"moved": 1}))
         self.delivered("A")
+
+    def test_what_another_process_does_while_a_file_is_copied_loses_nothing(self):
+        """A day-old run, half copied, when another is stored there.
+
+        Control: with stored_at as the clock of storing rows, the other takes it for left behind.
+        """
+        self.do(*create("A", "--offline", "--attach", self.file("big", bytes(17 << 20))))
+        self.sql("UPDATE entry SET stored_at = stored_at - 200000")
+        other = f"""sql == "BEGIN IMMEDIATE" and "stick" in self.path and (
+            seen.append(sql) or len(seen) == 4):
+        import subprocess
+        subprocess.check_call([sys.executable, runs.__file__] + {create("B", "--offline")})"""
+        self.env["TOFUPILOT_QUEUE"] = self.stick
+        self.move(self.path, self.stick, patch="import sys" + AT_STATEMENT % other)
+        self.assertEqual(self.states(self.stick), {"waiting": 2})
+        self.delivered("B", at=[self.stick], A={"big": bytes(17 << 20)})
+
+    def test_a_sent_run_that_got_another_file_can_be_moved(self):
+        """The first's bytes went with the receipt. Control: IndexError, for ever moving."""
+        self.do(*create("A", self.attach[0], self.attach[1]))
+        self.with_files("A")
+        ref = self.listed()[0]["client_run_ref"]
+        self.assertIn("went up already", self.do("queue", "get", ref, "--download", "d").err)
+        self.assertEqual(os.listdir("d"), ["b.txt"])
+        self.move(self.path, self.stick)
+        self.do(*create("A", "--offline", "--queue", self.stick, *self.attach))
+        self.assertEqual([row["attachments"] for row in self.listed("--queue", self.stick)], [2])
+        self.delivered(at=[self.stick], A=self.files)
+
+    def test_rm_during_a_pass_takes_what_it_names_and_no_more(self):
+        """Control: without the look for a body that is gone, exit 1 and the rest stays."""
+        self.offline("A", "B", "C")
+        ref = self.listed()[1]["client_run_ref"]
+
+        def remove(record):
+            if record.method == "POST":
+                self.box.on_request = None
+                self.run_script("queue", "rm", ref, status=0)
+        self.box.on_request = remove
+        self.do("queue", "send")
+        self.assertEqual((self.posts(), self.states()), (["A", "C"], {"sent": 2}))
 
     def test_a_killed_queue_is_fine_where_it_lies(self):
         """A journal is hot (killed amid a spilled transaction): opened in place it recovers."""
@@ -4456,6 +4547,47 @@ class SmallPromises(Case):
         text = self.terminal("ls", "--columns", columns, COLUMNS="40")[1]
         self.assertEqual([len(line.split()) for line in text.splitlines()], [6, 8])
         self.assertIn("duration", text)
+
+    def test_a_key_that_a_server_says_back_is_not_shown_also_where_its_text_is_cut(self):
+        key = self.box.user_key
+        cut = {"message": "x" * (503 - len(key)) + key, "code": key}
+        for body, status, kind in ((b"Authorization: Bearer " + key.encode() * 9, 200, "text/x"),
+                                   (json.dumps(cut).encode(), 422, "application/json")):
+            self.says("GET /v2/runs", body, status, Content_Type=kind)
+            for more in (), ("--json",):
+                ran = self.inside("ls", *ONCE, *more)
+                self.assertNotIn(key[:20], ran.out + ran.err)
+
+    def test_a_home_that_is_not_yet_there_is_made(self):
+        for name in "new" + os.sep, os.path.join(".", "rel"):
+            self.ok(*CREATE, "--offline", env={"TOFUPILOT_HOME": name})
+            self.assertTrue(os.path.exists(os.path.join(name, "runs.queue")))
+
+    def test_global_flags_stand_anywhere_and_in_any_case(self):
+        self.ok(*CREATE, "--offline", *QUEUE)
+        self.assertEqual(len(self.ok("queue", "--json", "ls", *QUEUE).json["data"]), 1)
+        self.ok("runs", "--json", "ls")
+        ran = self.fails(4, "get", "--id", NOBODY, "--format", "JSON")
+        self.assertEqual(ran.error["status"], 404)
+        self.assertEqual(runs.Parser("ls", prog="x", color=None).path, "ls")   # as 3.14 calls it
+
+    def test_a_narrow_first_page_does_not_stop_the_next(self):
+        """cut() never ended below 3."""
+        self.assertEqual([runs.cut("abc", width) for width in range(5)],
+                         ["", ".", "..", "abc", "abc "])
+
+    def test_ctrl_c_during_an_upload_tells_the_run_that_is_stored(self):
+        moment = threading.Event()
+        self.box.fault("slow", "PUT .*", event=self.box.closing)
+        self.box.on_request = lambda record: record.method == "PUT" and moment.set()
+        process = self.start(*CREATE, "--json", "--attach", self.file("a.txt"))
+        self.assertTrue(moment.wait(20))
+        for _ in range(4):
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+                break
+        self.assertEqual([self.ended(process, 143).error["id"]], self.stored())
 
     def test_a_column_of_metadata_asks_for_it(self):
         self.made(metadata={"shift": "A"})

@@ -56,9 +56,9 @@ class Error(Exception):
 
     `status` is the HTTP status or None, `code` the server's word, `issues` the list of single
     problems, `id` the run's ID where a run was stored all the same, `cursor` where a listing that
-    broke off can go on.
+    broke off can go on, `sent` whether the request may have arrived all the same.
     """
-    exit_code, id, cursor = 1, None, None
+    exit_code, id, cursor, sent = 1, None, None, False
 
     def __init__(self, message, hint="", status=None, code=None, issues=()):
         super().__init__(message)
@@ -111,8 +111,8 @@ class Refused(Error):
 class Unavailable(Error):
     """Network, TLS, overload, or not the API's answer. The same call again later is safe.
 
-    `sent` is False where surely nothing reached the server, `again` where trying again at once is
-    useless; `stale`: a kept connection had died; `retry_after`: seconds that the server asks for.
+    `again` is False where trying again at once is useless; `stale`: a kept connection had died;
+    `retry_after`: seconds that the server asks for.
     """
     exit_code = 6
     sent, again, stale, retry_after = True, True, False, None
@@ -727,7 +727,7 @@ Login = collections.namedtuple("Login", "url key source slug")
 def home():
     """The TofuPilot folder: TOFUPILOT_HOME, else ~/.tofupilot (on Windows below USERPROFILE)."""
     user = os.name == "nt" and os.environ.get("USERPROFILE") or os.path.expanduser("~")
-    return os.environ.get("TOFUPILOT_HOME") or os.path.join(user, ".tofupilot")
+    return os.path.abspath(os.environ.get("TOFUPILOT_HOME") or os.path.join(user, ".tofupilot"))
 
 
 def check_url(raw, allow_http, what):
@@ -852,12 +852,18 @@ class Transport:
 
     def new_connection(self, request, proxy_login):
         import http.client
+        import socket
+
+        def connect(*args):     # known to the watchdog before the proxy has answered
+            self.watchdog.sock = socket.create_connection(*args)
+            return self.watchdog.sock
         if request.type == "https":
             self.context = self.context or self.make_context()
             connection = http.client.HTTPSConnection(request.host, context=self.context)
         else:
             connection = http.client.HTTPConnection(request.host)
         connection.timeout = min(CONNECT, request.timeout)
+        connection._create_connection = connect
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=proxy_login)
         return connection
@@ -973,7 +979,7 @@ class Watchdog:
 def http_date(text):
     """Seconds since 1970 of a date in a header, or None."""
     from email.utils import mktime_tz, parsedate_tz
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
         return mktime_tz(parsedate_tz(text))
 
 
@@ -1188,9 +1194,10 @@ class Client:
                 if not isinstance(answer.get("id"), list):
                     raise not_the_api(self.login.url, 200, "no list of IDs")
                 gone += answer["id"]
-            except NotFound as error:
+            except Error as error:
                 if error.status != 404:
-                    error.message += f"; {len(gone)} of {counted(len(ids), 'run')} were deleted"
+                    if gone or isinstance(error, NotFound):
+                        error.message += f"\n{len(gone)} of {counted(len(ids), 'run')} were deleted"
                     raise
                 missing = error
                 if error.unsure:        # the try without an answer deleted them
@@ -1241,9 +1248,11 @@ class Client:
         if content:     # http.client tells its length
             headers["Content-Type"] = "application/json"
         answer = self.transport.exchange(method, url, headers, content)
+        data = answer.data.replace(self.login.key.encode("ascii"), b"(the key)")
+        answer = answer._replace(data=data)     # a server may say the key that it got
         try:
             return read_answer(answer, url, answer_keys)
-        except Error as error:      # a server may say the key that it got
+        except Error as error:      # in the target of a redirect too
             error.message, *error.issues = [text.replace(self.login.key, "(the key)")
                                             for text in [error.message] + error.issues]
             if error.status == 401:
@@ -1264,7 +1273,7 @@ class Client:
             try:
                 return once()
             except NotFound as error:
-                error.unsure = unsure
+                error.unsure = unsure and tries > 0
                 raise
             except Unavailable as error:
                 # a kept connection was dead: that costs no try, the first time
@@ -1300,7 +1309,7 @@ class Client:
         def look():
             try:
                 return self.find_created(body, since, taken)
-            except Unavailable as error:
+            except Error as error:
                 error.message = ("the run may be stored or not, and looking for it failed; it was "
                                  "not sent again\n" + error.message)
                 error.sent = True
@@ -1320,8 +1329,8 @@ class Client:
         For servers that do not know client_run_ref. All that a row shows must agree, and the run
         must have been stored after the first try (the server's clock, 10 minutes of slack).
         """
-        around = [datetime.datetime.fromtimestamp(math.floor(epoch(body["started_at"])) + seconds,
-                                                  _UTC).isoformat() for seconds in (-1, 2)]
+        begin, _ = moment(body["started_at"])
+        around = [(begin + datetime.timedelta(seconds=off)).isoformat() for off in (-1, 2)]
         for rows, _ in self.pages(
                 serial_numbers=[body["serial_number"]], procedure_ids=[body["procedure_id"]],
                 started_after=around[0], started_before=around[1], include_metadata=True):
@@ -1661,6 +1670,7 @@ CREATE TABLE chunk (file INTEGER, part INTEGER, data BLOB, PRIMARY KEY (file, pa
 
 class QueueUnusable(Unavailable):
     """The queue file cannot be read or written. It was left as it is."""
+    sent = False
 
 
 class Queue:
@@ -1783,7 +1793,9 @@ class Queue:
         return found[0]
 
     def body(self, number):
-        return self.sql("SELECT body FROM entry WHERE id = ?", number)[0]["body"]
+        """The request of an entry as JSON; None in a receipt, or where queue rm took it."""
+        rows = self.sql("SELECT body FROM entry WHERE id = ?", number)
+        return rows[0]["body"] if rows else None
 
     def files(self, number):
         return [QueuedFile(self, row) for row in
@@ -1812,8 +1824,9 @@ class Queue:
         if old and not over(old):
             files = self.lacks(old, files)
         with self.transaction():
-            self.drop("state = 'storing' AND stored_at < ?", time.time() - 86400)
-            mine = self.insert("entry", **dict(values, state="storing"))
+            self.drop("state = 'storing' AND coalesce(ended_at, stored_at) < ?",
+                      time.time() - 86400)      # by its own clock: a move keeps stored_at
+            mine = self.insert("entry", **dict(values, state="storing", ended_at=time.time()))
             for file in files:
                 self.copy_in(mine, file)
             old = self.by_ref(ref)        # it may have come meanwhile
@@ -1837,8 +1850,14 @@ class Queue:
                 self.drop("id = ?", mine)
                 if new and old["state"] == "sent":
                     self.change(old["id"], state="waiting", next_try_at=0, body=values["body"])
-            self.sql("UPDATE entry SET state = 'waiting' WHERE id = ?", mine)
-            return self.by_ref(ref)       # here: after the COMMIT nothing may fail
+                if values.get("tried_at") and not old["tried_at"]:      # it may be on the server
+                    self.change(old["id"], **{name: values[name] for name in (
+                        "tried_at", "origin", "run_id")})
+            self.sql("UPDATE entry SET state = 'waiting', ended_at = NULL WHERE id = ?", mine)
+            found = self.by_ref(ref)    # here: after the COMMIT nothing may fail
+            if not found:
+                raise self.unusable("the entry was removed while its files were copied")
+            return found
 
     def lacks(self, entry, files):
         """Those of the files that the entry does not hold: name and content tell."""
@@ -1857,7 +1876,8 @@ class Queue:
             if part % 256 == 255:
                 self.sql("COMMIT")
                 self.sql("BEGIN IMMEDIATE")
-        self.sql("UPDATE file SET sha256 = ? WHERE id = ?", found.hexdigest(), number)
+        self.sql("UPDATE file SET sha256 = ? WHERE id = ?",
+                 file.sha256() if file.done else found.hexdigest(), number)
 
     def drop(self, where, *values):
         """Deletes entries with all that they hold."""
@@ -1915,8 +1935,13 @@ class QueuedFile:
 
     def blocks(self):
         for part in range((self.size + BLOCK - 1) // BLOCK):    # one key, no sorting
-            yield self.queue.sql("SELECT data FROM chunk WHERE file = ? AND part = ?",
-                                 self.number, part)[0]["data"]
+            found = self.queue.sql("SELECT data FROM chunk WHERE file = ? AND part = ?",
+                                   self.number, part)
+            if not found and self.done:     # it went up before its entry was a receipt
+                return
+            if not found:
+                raise self.queue.unusable(f"{self.name} was removed meanwhile")
+            yield found[0]["data"]
 
     def sha256(self):
         return self.digest
@@ -2009,15 +2034,19 @@ class Pass:
     def send(self, entry):
         """Sends one entry and its files; its new state stands in it."""
         queue, number = self.queue, entry["id"]
-        body = json.loads(queue.body(number))
         self.marked.discard(number)
+        body = queue.body(number)
+        if body is None:        # queue rm was quicker
+            entry["state"] = "removed"
+            return
+        body = json.loads(body)
         if entry["tried_at"] or any(entry["units"] & other["units"] for other in self.fresh):
             self.flush()        # a look must know which runs are others
 
         def taken():
             return {row["run_id"] for row in queue.sql(
-                "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND serial_number = ?",
-                entry["serial_number"])}
+                "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND "
+                "lower(serial_number) = lower(?)", entry["serial_number"])}
         try:
             if not entry["run_id"]:
                 entry["run_id"] = self.client.send_create(body, entry["tried_at"], taken)["id"]
@@ -2057,8 +2086,7 @@ class Pass:
         now, url = time.time(), self.client.login.url
         state, wait, effect = after_failure(
             error, entry["tries"], now - entry["stored_at"] if body.get("sub_units") else None)
-        unsure = (entry["run_id"] or entry["tried_at"]
-                  or isinstance(error, Unavailable) and error.sent)
+        unsure = entry["run_id"] or entry["tried_at"] or error.sent
         told = "; ".join(error.issues[:20] + [" ".join(error.message.split())]).encode(
             "utf-8", "backslashreplace").decode()
         entry.update(state=state, error=told,
@@ -2101,6 +2129,8 @@ def move(queue, path):
                 values = dict(entry, id=None, body=queue.body(entry["id"]), target=None, hop=None,
                               came=entry["hop"])
                 del values["files"]
+                if values["body"] is None:      # queue rm was quicker
+                    continue
                 try:
                     target.enter(values, queue.files(entry["id"]))
                 except Error as error:      # full, or gone: what surely is not there stays here
@@ -2265,9 +2295,9 @@ def cells(text):
 def cut(text, width):
     """Text in exactly so many columns, cut with ... where it is longer."""
     if cells(text) > width:
-        while cells(text) > width - 3:
+        while text and cells(text) > width - 3:
             text = text[:-1]
-        text += "..."
+        text = (text + "...")[:width]
     return text + " " * (width - cells(text))
 
 
@@ -2733,6 +2763,9 @@ def create_now(call, body, files):
     document, lines = {"id": run_id}, created_lines(client, body, run_id)
     try:
         lines += ["  " + line for line in attach_lines(call, client, run_id, files)]
+    except KeyboardInterrupt as stopped:
+        stopped.id = run_id
+        raise
     except Error as error:
         there = [file for file in files if file.done]
         try:
@@ -2821,8 +2854,8 @@ def create_unqueued(call, body, files, error):
             if failure.id:
                 raise       # the run is stored, a file is not
             error = failure
-    raise Unavailable(error.message + "\nthe run is NOT stored", error.hint, error.status,
-                      error.code, error.issues) from None
+    raise Unavailable(error.message + "\nthe run is NOT stored in the queue", error.hint,
+                      error.status, error.code, error.issues) from None
 
 
 def within(seconds, work):
@@ -2887,6 +2920,9 @@ def run_queue_get(call):
         entry = queue.find(refs(call, 1)[0])
         files, body = queue.files(entry["id"]), queue.body(entry["id"])
         for file in files if folder and body else ():
+            if file.done and not next(file.blocks(), b""):
+                call.warn(f"{file.name} went up already and is not in the queue any more")
+                continue
             saved.append(save_new(folder, file.name,
                                   lambda out, file=file: out.writelines(file.blocks())))
     shows = entry_json(entry)
@@ -3296,7 +3332,7 @@ class Parser(argparse.ArgumentParser):
     """The parser of a command or of a word before others. Its flags, or the commands below it, come
     when it is called; what is wrong is raised."""
 
-    def __init__(self, path="", prog=None):     # argparse offers a prog of its own
+    def __init__(self, path="", **_):       # argparse offers a prog of its own, 3.14 a color
         def form(prog):
             return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
                                                         width=min(100, terminal_width()) - 1)
@@ -3304,7 +3340,7 @@ class Parser(argparse.ArgumentParser):
         usage = " ".join(filter(None, [PROG, path, words, "[flags]"]))
         super().__init__(f"{PROG} {path}".rstrip(), usage, add_help=False, formatter_class=form,
                          argument_default=argparse.SUPPRESS)
-        self.path = path
+        self.path, self.color = path, False
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -3317,13 +3353,11 @@ class Parser(argparse.ArgumentParser):
                 for line in lines])
             add_flags(self, command.fields + GLOBAL)
         else:
-            tree = self.add_subparsers(dest=self.path + " word")
-            for name in inner_commands(self.path):
-                tree.add_parser(name.rpartition(" ")[2], path=name)
-        if not self.path:
             add_flags(self, GLOBAL)
-            for name in "runs", "attachments", "queue":
-                tree.add_parser(name, path=name)
+            tree = self.add_subparsers(dest=self.path + " word")
+            words = [] if self.path else ["runs", "attachments", "queue"]
+            for name in inner_commands(self.path) + words:
+                tree.add_parser(name.rpartition(" ")[2], path=name)
         return super().parse_known_args(args, namespace)
 
     def format_help(self):
@@ -3457,7 +3491,7 @@ def write_file(path, result, *how):
     with part_of(path) as part:
         with open(path if special else part, "w", encoding="utf-8", newline="") as file:
             if os.path.isfile(path):
-                os.chmod(part, stat.S_IMODE(os.stat(path).st_mode))
+                os.chmod(part, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
             Screen(file, *how).write(result)
         if not special:
             replace(part, path)
@@ -3500,10 +3534,11 @@ def main(argv=None):
         return ended.code or 0
     except KeyboardInterrupt as stopped:
         name, code = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
+        id = getattr(stopped, "id", None)
+        told = f"run {id} is stored" if id else "it may be stored"
         failure = Stopped(f"stopped by {name}" + (
-            "; it may be stored: the same command again makes no second run"
-            if "create" in argv else ""))
-        failure.exit_code, failure.id = code, getattr(stopped, "id", None)
+            f"; {told}: the same command again makes no second run" if "create" in argv else ""))
+        failure.exit_code, failure.id = code, id
     except OSError as error:
         drop_stdout()
         if error.errno in (errno.EPIPE, errno.EINVAL):
@@ -3523,7 +3558,7 @@ def main(argv=None):
     if failure.id and failure.id not in failure.message:
         failure.message += f"\nrun {failure.id} is stored"
     with contextlib.suppress(OSError, ValueError):
-        as_json = re.search(r"--json\b|--format[= ]json\b", " ".join(argv))
+        as_json = re.search(r"(?i)--json\b|--format[= ]json\b", " ".join(argv))
         sys.stderr.write((dump_json(failure.as_json()) if as_json else failure.as_text()) + "\n")
         sys.stderr.flush()
     return failure.exit_code
