@@ -3395,9 +3395,9 @@ class Queueing(QueueCase):
         self.box.fault("drop-after", "POST /v2/runs")
         self.do(*create("A"))
         other = self.another()
+        self.assertRegex(self.do("check", box=other, status=6).out, "FAIL  queue .*begun at")
         for command, said in ("send", "waiting A: begun at "), ("retry", "begun at "):
             self.assertIn(said + self.box.url, self.do("queue", command, box=other, status=6).out)
-        self.assertRegex(self.do("check", box=other, status=6).out, "FAIL  queue .*begun at")
         self.assertEqual(on_server(other), {})
         self.delivered("A")
 

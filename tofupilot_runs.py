@@ -2826,8 +2826,8 @@ def create_queued(call, body, files):
         if not offline and before == "waiting":
             within(10, send)
         entry, meta = queue.find(entry["ref"]), queue.meta()
-        waits = [row["stored_at"] for row in queue.entries("state = 'waiting'")]
-    if meta["parked"] or time.time() - min(waits, default=math.inf) > 86400:
+        oldest = queue.sql("SELECT min(stored_at) FROM entry WHERE state = 'waiting'")[0][0]
+    if meta["parked"] or oldest and time.time() - oldest > 86400:
         call.warn(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting in {path}: "
                   f"see {PROG} queue ls")
     run_id = entry["run_id"] if entry["state"] == "sent" else None
@@ -3098,7 +3098,7 @@ def run_check(call):
             return f"none at {path}"
         with Queue(path) as queue:
             waits, meta = queue.entries("state = 'waiting'"), queue.meta()
-        strange = [entry["error"] for entry in waits
+        strange = [f"begun at {entry['origin']}, waits for it" for entry in waits
                    if entry["origin"] not in (None, client.login.url)]
         if meta["parked"] or meta["moving"] or strange:
             kind = Refused if meta["parked"] else Unavailable
