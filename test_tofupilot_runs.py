@@ -2493,6 +2493,8 @@ class Proxy(socketserver.ThreadingTCPServer):
 
     def serve(self, connection, address, server):
         head = connection.recv(65536)
+        while b"\r\n\r\n" not in head:     # 3.8 sends it in pieces
+            head += connection.recv(65536)
         self.heads.append(head.decode("latin-1"))
         method, url = self.heads[-1].split(None, 2)[:2]
         parts = urlsplit(url if "//" in url else "//" + url)
