@@ -4805,7 +4805,7 @@ def bench(argv):
     print(f"{platform.platform()}, {os.cpu_count()} processors, Python "
           f"{platform.python_version()}, SQLite {sqlite3.sqlite_version}")
     version = peer and subprocess.check_output([peer, "-m", "pip", "show", "tofupilot"]).decode()
-    print("the official SDK: " + (version.splitlines()[1] if peer
+    print("the official SDK: " + (version.split()[3] if peer
                                   else "missing, name it with PEER_PYTHON="))
     print(f"{'':50}   ratio  bound")
     with tempfile.TemporaryDirectory() as folder, Sandbox() as box:
