@@ -4591,6 +4591,17 @@ class SmallPromises(Case):
                 break
         self.assertEqual([self.ended(process, 143).error["id"]], self.stored())
 
+    def test_the_waits_of_a_command_add_up(self):
+        """Control: counted for each request, the second waits too."""
+        for skip in 0, 1:       # the first page's first request, and the second page's
+            self.box.fault("status", ANY, status=429, skip=skip)
+        self.box.store.fill(3)
+        with mock.patch.object(runs, "PATIENCE", 0.0015):       # inside() waits 0.001 s each time
+            self.fails(6, "ls", "--all", "--page-size", "1")
+            self.box.calm()
+            self.box.fault("status", ANY, status=429)
+            self.ok("ls", "--all", "--page-size", "1")
+
     def test_a_column_of_metadata_asks_for_it(self):
         self.made(metadata={"shift": "A"})
         self.assertIn("A", self.ok("ls", "--columns", "id,metadata.shift").out.splitlines()[1])

@@ -1110,6 +1110,7 @@ class Client:
         self.named = {"url": url, "api_key": api_key, "source": source, "allow_http": allow_http}
         self.transport = Transport(timeout, ca_cert or os.environ.get("TOFUPILOT_CA_CERT"), trace)
         self.found = None
+        self.one_command, self.waited = False, 0    # whether its waits count together, and they
 
     def close(self):
         """Closes the kept connections."""
@@ -1268,7 +1269,8 @@ class Client:
         `repeatable`: whether it may be sent once more after it may have arrived. `look` is called
         before that: what it finds is the result, and nothing is sent again.
         """
-        started, waited, tries, unsure, free = time.monotonic(), 0, 0, False, False
+        started, tries, unsure, free = time.monotonic(), 0, False, False
+        self.waited = self.waited if self.one_command else 0
         while True:
             try:
                 return once()
@@ -1282,7 +1284,7 @@ class Client:
                 unsure = unsure or error.sent
                 wait = 0 if free else delay(tries, 1, error.retry_after)
                 may = error.again and (repeatable or not error.sent)
-                left = tries <= self.retries and waited + wait <= PATIENCE
+                left = tries <= self.retries and self.waited + wait <= PATIENCE
                 if not free and not (may and left):
                     if tries > 1:
                         first, end, rest = error.message.partition("\n")
@@ -1293,7 +1295,7 @@ class Client:
                 if wait:
                     self.notify(f"{error.message.splitlines()[0]}; again in {wait:.1f} s")
                 time.sleep(wait)
-                waited += wait
+                self.waited += wait
             found = look and unsure and look()
             if found:
                 return found
@@ -2621,7 +2623,7 @@ class Call:
                 notify=self.warn, trace=self.note if self.get("v") else None,
                 plan=self.plan if self.get("dry_run") else None,
                 source=f"--api-key-file {path}", api_key=self.read_key(path))
-        self.made.retries = retries if given is None else given
+        self.made.retries, self.made.one_command = retries if given is None else given, True
         return self.made
 
     def read_key(self, path):
