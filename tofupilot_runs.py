@@ -889,7 +889,7 @@ class Transport:
                 if request.stage == "kept" or not request.content:
                     raise       # else a storage may have refused before it read it all: listen
             with connection.getresponse() as response:
-                request.stage = "sent"
+                request.stage = "sent"      # something came back: the kept one was alive
                 answer = self.read(request, response)
         except BaseException:
             connection.close()
@@ -1110,7 +1110,7 @@ class Client:
         self.named = {"url": url, "api_key": api_key, "source": source, "allow_http": allow_http}
         self.transport = Transport(timeout, ca_cert or os.environ.get("TOFUPILOT_CA_CERT"), trace)
         self.found = None
-        self.one_command, self.waited = False, 0    # whether its waits count together, and they
+        self.waits = None       # seconds waited, where all requests share one patience
 
     def close(self):
         """Closes the kept connections."""
@@ -1270,7 +1270,7 @@ class Client:
         before that: what it finds is the result, and nothing is sent again.
         """
         started, tries, unsure, free = time.monotonic(), 0, False, False
-        self.waited = self.waited if self.one_command else 0
+        waits = [] if self.waits is None else self.waits
         while True:
             try:
                 return once()
@@ -1284,7 +1284,7 @@ class Client:
                 unsure = unsure or error.sent
                 wait = 0 if free else delay(tries, 1, error.retry_after)
                 may = error.again and (repeatable or not error.sent)
-                left = tries <= self.retries and self.waited + wait <= PATIENCE
+                left = tries <= self.retries and sum(waits) + wait <= PATIENCE
                 if not free and not (may and left):
                     if tries > 1:
                         first, end, rest = error.message.partition("\n")
@@ -1295,7 +1295,7 @@ class Client:
                 if wait:
                     self.notify(f"{error.message.splitlines()[0]}; again in {wait:.1f} s")
                 time.sleep(wait)
-                self.waited += wait
+                waits.append(wait)
             found = look and unsure and look()
             if found:
                 return found
@@ -1979,6 +1979,11 @@ def after_failure(error, tries, waited_for_unit):
     return "parked", 0, "go on"
 
 
+def elsewhere(entry, url):
+    """Why an entry waits for another server than this one, or None."""
+    return None if entry["origin"] in (None, url) else f"begun at {entry['origin']}, waits for it"
+
+
 class Pass:
     """One pass over a queue: what is due is sent, oldest first."""
 
@@ -2007,13 +2012,13 @@ class Pass:
         entries = self.queue.entries("state = 'waiting'")
         for entry in entries:
             entry["units"] = set(json.loads(entry["units"]))
-            elsewhere = entry["origin"] not in (None, here)
-            entry["ready"] = not elsewhere and (entry["ref"] in self.force or is_due(entry, now))
-            if elsewhere:
-                entry.update(error=f"begun at {entry['origin']}, waits for it", exit_code=6)
-                self.queue.change(entry["id"], error=entry["error"])
+            why = elsewhere(entry, here)
+            entry["ready"] = not why and (entry["ref"] in self.force or is_due(entry, now))
+            if why:
+                entry.update(error=why, exit_code=6)
+                self.queue.change(entry["id"], error=why)
                 self.unsent.append(entry)
-                self.tell(f"waiting {entry['serial_number']}: {entry['error']}")
+                self.tell(f"waiting {entry['serial_number']}: {why}")
         for number, entry in enumerate(entries):
             if entry["ready"] and not entry["units"] & blocked:
                 if entry["tried_at"] is None and entry["id"] not in self.marked:
@@ -2623,7 +2628,8 @@ class Call:
                 notify=self.warn, trace=self.note if self.get("v") else None,
                 plan=self.plan if self.get("dry_run") else None,
                 source=f"--api-key-file {path}", api_key=self.read_key(path))
-        self.made.retries, self.made.one_command = retries if given is None else given, True
+            self.made.waits = []
+        self.made.retries = retries if given is None else given
         return self.made
 
     def read_key(self, path):
@@ -2909,7 +2915,7 @@ def run_queue_ls(call):
         rows = list(map(entry_json, queue.entries(f"state NOT IN ('storing'{hidden})")))
         meta = queue.meta()
     call.note(f"{queue_text(meta)}, {size_text(meta['bytes'])} in {meta['file']}")
-    del meta["moving"]
+    del meta["moving"]      # the rows say it; the document has the keys that were promised
     run = (("RUN", "run_id"),) if call.get("sent") else ()
     return Result({"data": rows, "meta": meta}, rows=rows,
                   ids=[row["client_run_ref"] for row in rows],
@@ -3100,8 +3106,7 @@ def run_check(call):
             return f"none at {path}"
         with Queue(path) as queue:
             waits, meta = queue.entries("state = 'waiting'"), queue.meta()
-        strange = [f"begun at {entry['origin']}, waits for it" for entry in waits
-                   if entry["origin"] not in (None, client.login.url)]
+        strange = list(filter(None, (elsewhere(entry, client.login.url) for entry in waits)))
         if meta["parked"] or meta["moving"] or strange:
             kind = Refused if meta["parked"] else Unavailable
             raise kind("; ".join([f"{queue_text(meta)} in {path}"] + strange[:1]),
