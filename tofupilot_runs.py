@@ -1,25 +1,53 @@
 #!/usr/bin/env python3
-"""Everything of `tofupilot runs` in one file: list, read, create and delete the test runs of a
-TofuPilot server, attach files to them, and keep them in a queue while the network is away.
+# SPDX-License-Identifier: MIT
+"""Everything of `tofupilot runs` in one file: list, read, create and delete test runs, attach
+files to them, and keep them in a queue while the network is away.
 
-Nothing to install: copy this file to any machine that has Python 3.6 or newer and start with
+TofuPilot (https://www.tofupilot.com) keeps the test runs of hardware factories. This file is a
+client for its servers. There is nothing to install: copy it to any machine that has Python 3.6 or
+newer, and start with
 
     python3 tofupilot_runs.py --help
 
-As a module it has `Client` and the errors it raises. The rooms of this file, in the order in
-which a command flows, each using only those above it: identity, errors (the type says what a
-caller can do next), values (text to wire and back), fields (one table of flags, requests, checks
-and help), login, transport (one kept connection per host; is it the API speaking?), client,
-attaching, queue (one SQLite file), output, commands (each returns a Result, which execute
-writes), command line.
+As a module it has `Client`, `store` and the errors that they raise.
+
+The sections of this file, each of which uses only those above it:
+
+    identity        name, version, limits
+    errors          the type of an error says what its receiver can do next
+    values          text to wire format and back: times, durations, JSON
+    fields          the table of all fields; flags, requests, checks and help come from it
+    checks          whether a request is right, with all problems at once; client_run_ref
+    login           which server, and which key for it
+    transport       one exchange with a server over a kept connection; is it the API speaking?
+    files           local files: reading, safe names, atomic writes; attaching them to a run
+    client          the operations, and when a request may be sent again
+    queue           the SQLite file that keeps runs while the network is away
+    sending         one pass over a queue
+    screens         results as tables, JSON, CSV and workbooks
+    report          one run for people, measurements as rows, yields
+    commands        one function for each command; each returns a Result
+    queue commands  the same for `queue`, and for `create`, which may go through it
+    command line    the tree of commands, its parser and its help
+    main            streams, signals and the exit status
+
+To find your way, read from `main` at the end upwards.
 """
 f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
+
+import sys
+
+if (__name__ == "__main__" and not sys.flags.isolated
+        and not getattr(sys.flags, "safe_path", False) and sys.path[0] != sys.prefix):
+    # A calendar.py or signal.py of somebody else beside this file must not replace Python's own.
+    del sys.path[0]
 
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main is ready: no traceback
 
+import _thread
 import argparse
 import collections
 import contextlib
@@ -29,24 +57,27 @@ import math
 import os
 import re
 import stat
-import sys
 import time
 
 
 # ---- identity ------------------------------------------------------------------------------------
 
-__version__ = "1.0.0"
-__all__ = ["Client", "Error", "BadInput", "AccessDenied", "NotFound", "Refused", "Unavailable"]
+__version__ = "1.1.0"
+__all__ = ["Client", "store", "Error", "BadInput", "AccessDenied", "NotFound", "Refused",
+           "Unavailable"]
 
 PROG = "tofupilot_runs.py"
 CLOUD = "https://www.tofupilot.app"
-ANSWER_LIMIT, ERROR_LIMIT = 64 << 20, 64 << 10      # bytes of an answer, of one that is an error
-BLOCK = 64 << 10            # bytes of a file in memory; a socket's time-out counts for a block
-PATIENCE = 60               # seconds that the waits of one direct command may add up to
-CONNECT = 10                # seconds for each address of a host
-LONGEST_WAIT = 3600         # seconds between two tries, in the queue too
-UPLOAD_WINDOW = 45          # seconds in which a PUT must begin: upload URLs live 60
-AGAIN = "run the same command again later: it is safe"
+ON_WINDOWS = os.name == "nt"
+ANSWER_LIMIT = 64 << 20     # bytes of an answer
+ERROR_LIMIT = 64 << 10      # bytes of an answer that is an error, and of a credentials file
+BLOCK = 64 << 10            # bytes of a file in memory at a time
+MAX_TOTAL_WAIT = 60         # seconds that the waits of one direct command may add up to
+CONNECT_TIMEOUT = 10        # seconds for each address of a host
+MAX_DELAY = 3600            # seconds between two tries, in the queue too
+UPLOAD_WINDOW = 45          # seconds in which a PUT must begin: upload URLs live for 60
+PAGES_AHEAD = 4             # pages of a list that are asked for at the same time
+RETRY_HINT = "run the same command again later: it is safe"
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -54,35 +85,55 @@ AGAIN = "run the same command again later: it is safe"
 class Error(Exception):
     """Something failed. `message` says what and why, `hint` what to do next.
 
-    `status` is the HTTP status or None, `code` the server's word, `issues` the list of single
-    problems, `id` the run's ID where a run was stored all the same, `cursor` where a listing that
-    broke off can go on, `sent` whether the request may have arrived all the same.
+    `status` is the HTTP status or None, `code` the server's word for the problem, `issues` the list
+    of single problems ("path: reason"), `reason` what the server said, `notes` further lines of
+    facts. `id` is the ID of a run that is stored all the same, `cursor` where a list that broke off
+    goes on, `maybe_sent` whether the request may have arrived.
     """
-    exit_code, id, cursor, sent = 1, None, None, False
+    exit_code = 1
+    maybe_sent = False
+    id = None
+    cursor = None
 
-    def __init__(self, message, hint="", status=None, code=None, issues=()):
+    def __init__(self, message, hint="", status=None, code=None, issues=(), reason=""):
         super().__init__(message)
-        self.message, self.hint, self.status, self.code = message, hint, status, code
+        self.message = message
+        self.hint = hint
+        self.status = status
+        self.code = code
         self.issues = list(issues)
+        self.reason = reason
+        self.notes = []
 
     def __str__(self):
-        return "\n  ".join([self.message] + self.issues)
+        return "\n  ".join([self.text] + self.issues)
+
+    @property
+    def text(self):
+        """The message with its notes, a line each."""
+        return "\n".join([self.message] + self.notes)
+
+    def with_note(self, note, hint=None):
+        """Adds a fact, and perhaps a better hint. Returns the error, to be raised."""
+        self.notes.append(note)
+        if hint is not None:
+            self.hint = hint
+        return self
 
     def as_json(self):
         """The object that --json prints on stderr."""
-        found = {"type": "error", "message": self.message, "code": self.code,
-                 "status": self.status, "issues": self.issues, "exit_code": self.exit_code,
-                 "hint": self.hint or None}
-        return dict(found, id=self.id) if self.id else found
-
-    def as_text(self):
-        """What people read: what failed, why, what to do next."""
-        lines = self.message.split("\n") + [shown(issue, 500) for issue in self.issues[:20]]
-        if len(self.issues) > 20:
-            lines.append(f"and {len(self.issues) - 20} more (all of them with --json)")
-        lines += ["Fix: " + line if number == 0 else "  " + line
-                  for number, line in enumerate(self.hint.split("\n")) if line]
-        return "error: " + "\n  ".join(shown(line) for line in lines)
+        found = {
+            "type": "error",
+            "message": self.text,
+            "code": self.code,
+            "status": self.status,
+            "issues": self.issues,
+            "exit_code": self.exit_code,
+            "hint": self.hint or None,
+        }
+        if self.id:
+            found["id"] = self.id
+        return found
 
 
 class BadInput(Error):
@@ -98,9 +149,10 @@ class AccessDenied(Error):
 class NotFound(Error):
     """No such run, upload, queue entry or queue file (404). Fix the ID.
 
-    `unsure`: an earlier try got no answer; it may be the one that deleted.
+    `after_unanswered_try`: an earlier try got no answer; perhaps that one deleted it.
     """
-    exit_code, unsure = 4, False
+    exit_code = 4
+    after_unanswered_try = False
 
 
 class Refused(Error):
@@ -111,16 +163,34 @@ class Refused(Error):
 class Unavailable(Error):
     """Network, TLS, overload, or not the API's answer. The same call again later is safe.
 
-    `again` is False where trying again at once is useless; `stale`: a kept connection had died;
-    `retry_after`: seconds that the server asks for.
+    `retryable` is False where another try at once is useless; `reused`: a kept connection had died;
+    `retry_after`: the seconds that the server asks for, or None.
     """
     exit_code = 6
-    sent, again, stale, retry_after = True, True, False, None
+    maybe_sent = True
+    retryable = True
+    reused = False
+    retry_after = None
 
 
 class NotTheAPI(Unavailable):
     """What answered is not the API: a login portal, a proxy, a redirect."""
-    again = False
+    retryable = False
+
+
+class StorageRefused(Unavailable):
+    """The storage of the files did not take or give one."""
+    maybe_sent = False
+
+
+class QueueUnusable(Unavailable):
+    """The queue file cannot be read or written. It was left as it is."""
+    maybe_sent = False
+    retryable = False
+
+
+class Damaged(Error):
+    """What a queue file holds is not what was stored in it."""
 
 
 class Stopped(Error):
@@ -129,121 +199,331 @@ class Stopped(Error):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: no handler of errors may take it for one."""
+    """SIGTERM. It is no Exception, so that no handler of errors takes it for one."""
 
 
 # ---- values --------------------------------------------------------------------------------------
 
-# patterns as text: compiled where they are used, not at every start
+# Patterns are text here and compiled where they are used, not at every start.
 _TIME = (r"(?a)(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d)(?::(\d\d)([.,]\d+)?)?"
-         r"(?: ?([Zz]|[+-]\d\d:?\d\d))?")
+         r"(?: ?([Zz]|[+-]\d\d(?::?\d\d)?))?")
+_DATE = r"(?a)\d{4}-\d\d-\d\d"
+_AGO = r"(?a)(\d{1,9})([smhdw])"
 _ISO_DURATION = (r"(?a)P(?:(\d+)W|(?!.*W)(?=\d|T\d)(?:(\d+)Y)?(?:(\d+)M)?(?:(\d+)D)?"
                  r"(?:T(?=\d)(?:(\d+)H)?(?:(\d+)M)?(?:(\d+(?:[.,]\d+)?)S)?)?)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_IDENTIFIER = r"[a-zA-Z0-9_.:+-]+"
 _UTC = datetime.timezone.utc
+ENCODER = json.JSONEncoder(allow_nan=False)     # json.dumps would make one for each row
+MAX_NESTING = 100           # brackets inside each other in a request
 
 
-def shown(value, limit=None, keep=""):
+def require(holds, reason):
+    """ValueError(reason) unless it holds; the caller adds the name of the field."""
+    if not holds:
+        raise ValueError(reason)
+
+
+def printable(value, limit=None, keep=""):
     r"""Text from a server or a file, safe on a terminal: what is not printable is escaped.
 
-    >>> shown("a\x1b[2Jb\n\u202ec")
+    >>> printable("a\x1b[2Jb\n\u202ec")
     'a\\x1b[2Jb\\n\\u202ec'
     """
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if isinstance(value, str):
+        text = value
+    else:
+        text = dump_json(value)
     if limit and len(text) > limit:
         text = text[:limit] + "..."
-    return text if text.isprintable() else "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii")
-        for c in text)
+    if text.isprintable():
+        return text
+    shown = []
+    for character in text:
+        if not character.isprintable() and character not in keep:
+            character = character.encode("unicode_escape").decode("ascii")
+        shown.append(character)
+    return "".join(shown)
+
+
+def decode_text(data):
+    """The text of a file: UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
+
+    A closing Ctrl-Z of old editors is left out. ValueError tells where the first wrong byte is.
+    """
+    encoding = json.detect_encoding(data)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = data[:error.start].decode(encoding, "replace")
+        line = before.count("\n") + 1
+        column = len(before) - before.rfind("\n")
+        byte = data[error.start]
+        raise ValueError(f"line {line}, column {column}: byte 0x{byte:02x} is not UTF-8; "
+                         "save the file as UTF-8") from None
+    text = text[1:] if text[:1] == "\ufeff" else text
+    return text[:-1] if text[-1:] == "\x1a" else text
 
 
 def load_json(data):
-    """JSON from text or bytes (UTF-8, -16, -32, with or without a mark at the start).
-
-    ValueError for what JSON does not know (NaN, 1e999) and for what is too deep to read.
-    """
-    def number(text):
-        value = float(text)
-        must(math.isfinite(value), f"{text[:20]} is no number that JSON knows")
-        return value
+    """JSON of a server, from text or bytes. ValueError for anything else, NaN included."""
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
     try:
-        return json.loads(data, parse_float=number, parse_constant=number)
+        return json.loads(data, parse_constant=refuse)
     except RecursionError:
         raise ValueError("too many brackets inside each other") from None
 
 
+def load_input_json(data):
+    """JSON that somebody wrote, from text or bytes.
+
+    ValueError for a key that stands twice in an object (the last would win unseen), and with line
+    and column for what is not JSON. NaN and Infinity come back as numbers: the checks name their
+    place.
+    """
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            counts = collections.Counter(key for key, _ in pairs)
+            twice = json.dumps(counts.most_common(1)[0][0])
+            raise ValueError(f"the key {twice} is given twice in one object")
+        return found
+    text = data if isinstance(data, str) else decode_text(data)
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("too many brackets inside each other") from None
+    except json.JSONDecodeError as error:
+        lines = text.split("\n")
+        line = lines[error.lineno - 1]
+        there = line[max(0, error.colno - 20):error.colno + 20].strip()
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{error.msg} at {place}: {printable(there)}") from None
+
+
+def require_shallow(value):
+    """ValueError where brackets are nested deeper than anything that walks them can follow."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        children = []
+        for item in level:
+            inner = item.values() if isinstance(item, dict) else item
+            children += [child for child in inner if isinstance(child, (dict, list, tuple))]
+        if not children:
+            return
+        level = children
+    raise ValueError(f"has more than {MAX_NESTING} brackets inside each other")
+
+
 def dump_json(value, indent=None):
-    """JSON as text, ASCII only, so that no stream can fail on it."""
-    return json.dumps(value, indent=indent, allow_nan=False)
+    """JSON as text, in ASCII so that no stream can fail on it.
+
+    What JSON does not know (a server's 1e999 becomes infinity) is written as text.
+    """
+    try:
+        if indent is None:
+            return ENCODER.encode(value)
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return json.dumps(storable(value), indent=indent, allow_nan=False)
 
 
-def must(holds, why):
-    """ValueError(why) unless it holds; who calls adds the name of the field, or the hint."""
-    if not holds:
-        raise ValueError(why)
+def to_json(value):
+    """A value of the module's caller as JSON: times as text with their offset, tuples as lists."""
+    if isinstance(value, datetime.datetime):
+        aware = value if value.tzinfo else value.replace(tzinfo=local_zone(value))
+        return aware.isoformat()
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        if value and all(type(item) is float for item in value):
+            return list(value)
+        return [to_json(item) for item in value]
+    return value
 
 
-def parse_time(text, now=None):
+def storable(value, depth=0):
+    """The value as JSON that can always be written, whatever it is.
+
+    >>> storable({"a": float("nan"), 2: [set()]})
+    {'a': 'NaN', '2': ['set()']}
+    """
+    if depth > MAX_NESTING:
+        return "..."
+    if isinstance(value, dict):
+        found = {}
+        for key, item in value.items():
+            found[storable_text(key)] = storable(item, depth + 1)
+        return found
+    if isinstance(value, (list, tuple)):
+        return [storable(item, depth + 1) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return json.dumps(value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return storable_text(value)
+
+
+def storable_text(value):
+    """A text that UTF-8 can write."""
+    text = value if isinstance(value, str) else str(value)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def local_zone(naive):
+    """The offset of this machine's local time at a time without offset.
+
+    Windows knows none before 1970 and after 3000: there a year with the same dates stands in.
+    """
+    try:
+        return datetime.timezone(naive.astimezone().utcoffset())
+    except (OSError, OverflowError, ValueError):
+        near = naive.replace(year=1972 if naive.year < 1972 else 2036)
+        return datetime.timezone(near.astimezone().utcoffset())
+
+
+def local_midnight(naive):
+    """Midnight of that day in local time, as text with its offset."""
+    midnight = naive.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
+    return midnight.replace(tzinfo=local_zone(midnight)).isoformat()
+
+
+def is_moving_time(text):
+    """Whether a time depends on when it is read: now, 24h, today, a bare date."""
+    word = text.strip().lower()
+    return word in ("now", "today", "yesterday") or bool(
+        re.fullmatch(_AGO, word) or re.fullmatch(_DATE, word))
+
+
+def parse_time(text, fold=0):
     """A time as the API takes it: ISO 8601 with an offset, every digit of its fraction kept.
 
-    Without an offset it is this machine's local time. With `now` (an aware datetime) also `now`,
-    `90s 30m 24h 7d 2w` (that long ago) and a bare date (local midnight).
+    Without an offset it is this machine's local time; `fold=1` takes the second reading in the
+    hour that autumn has twice. ValueError for anything else, moving times included.
 
     >>> parse_time("2026-05-19 08:00:00.250+0200")
     '2026-05-19T08:00:00.250+02:00'
-    >>> parse_time("90m", datetime.datetime(2026, 5, 19, 8, tzinfo=_UTC))
-    '2026-05-19T06:30:00.000+00:00'
     """
     text = text.strip()
-    past = re.fullmatch(r"(\d{1,9})([smhdw])|now", text.lower(), re.A)
-    date = re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.A)
-    must(now or not past, f"{text} would make each repetition another run: give the whole time")
-    must(now or not date, f"give the time of day too, such as {text}T08:00:00Z")
-    if past:
-        length = int(past.group(1) or 0) * _SECONDS[past.group(2) or "s"]
-        return (now - datetime.timedelta(seconds=length)).isoformat(timespec="milliseconds")
-    match = re.fullmatch(_TIME, text + "T00:00" if date else text)
-    must(match, "not a time: use 2026-05-19T08:00:00Z, with any offset"
-         + (", or 24h, or now" if now else ""))
+    match = re.fullmatch(_TIME, text)
+    if not match:
+        require(not re.fullmatch(_DATE, text),
+                f"give the time of day too, such as {text}T08:00:00Z")
+        require(not is_moving_time(text),
+                f"{text} would make each repetition another run: give the whole time")
+        raise ValueError("not a time: use 2026-05-19T08:00:00Z, with any offset")
     *parts, fraction, offset = match.groups("")
-    local = datetime.datetime(*(int(part or 0) for part in parts))
+    numbers = [int(part or 0) for part in parts]
+    naive = datetime.datetime(*numbers, fold=fold)
     if not offset:
-        offset = local.astimezone().isoformat()[19:25]
-    elif offset not in "Zz":
-        offset = offset[:3] + ":" + offset[-2:]
-        must(offset[1:3] <= "23" and offset[4:] <= "59", f"{offset} is no offset")
-    found = local.isoformat() + fraction.replace(",", ".") + offset.upper()
-    moment(found)       # OverflowError where UTC has no such year
+        offset = naive.replace(tzinfo=local_zone(naive)).isoformat()[19:25]
+    elif offset in "Zz":
+        offset = "Z"
+    else:
+        hours = offset[:3]
+        minutes = offset[3:].lstrip(":") or "00"
+        offset = f"{hours}:{minutes}"
+        require(hours[1:] <= "23" and minutes <= "59", f"{offset} is not an offset")
+    found = naive.isoformat() + fraction.replace(",", ".") + offset
+    try:
+        utc_parts(found)
+    except OverflowError:
+        raise ValueError(f"{text} is outside of the years 1 to 9999 in UTC") from None
     return found
 
 
-def moment(text):
+def parse_when(text, now):
+    """A time to compare with, as text with its offset: as parse_time, or relative to `now`.
+
+    `now` is an aware datetime. `now`, `today`, `yesterday`, a bare date (local midnight), and
+    `90s 30m 24h 7d 2w` (that long ago) are known too.
+
+    >>> parse_when("90m", datetime.datetime(2026, 5, 19, 8, tzinfo=_UTC))
+    '2026-05-19T06:30:00.000+00:00'
+    """
+    word = text.strip().lower()
+    if word == "now":
+        return now.isoformat(timespec="milliseconds")
+    if word == "today":
+        return local_midnight(now)
+    if word == "yesterday":
+        return local_midnight(now - datetime.timedelta(days=1))
+    if re.fullmatch(_DATE, word):
+        return local_midnight(datetime.datetime(*map(int, word.split("-"))))
+    past = re.fullmatch(_AGO, word)
+    if past:
+        length = int(past.group(1)) * _SECONDS[past.group(2)]
+        try:
+            return (now - datetime.timedelta(seconds=length)).isoformat(timespec="milliseconds")
+        except OverflowError:
+            raise ValueError(f"{text} ago is before the year 1") from None
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        require(re.fullmatch(_TIME, text.strip()),
+                "not a time: use 2026-05-19T08:00:00Z, a date, today, 24h (ago) or now")
+        raise error
+
+
+def utc_parts(text):
     """(whole second in UTC, further digits) of a time with offset."""
     *parts, fraction, offset = re.fullmatch(_TIME, text).groups("")
-    when = datetime.datetime(*(int(part or 0) for part in parts), tzinfo=_UTC)
-    if offset not in "Zz":
-        when -= datetime.timedelta(hours=int(offset[:3]), minutes=int(offset[0] + offset[-2:]))
+    numbers = [int(part or 0) for part in parts]
+    when = datetime.datetime(*numbers, tzinfo=_UTC)
+    if offset and offset not in "Zz":
+        sign = offset[0]
+        minutes = int(sign + (offset[3:].lstrip(":") or "0"))
+        when -= datetime.timedelta(hours=int(offset[:3]), minutes=minutes)
     return when, fraction[1:].rstrip("0")
 
 
-def instant(text):
-    """The instant of a time with offset, in UTC, one spelling for one instant.
+def utc_text(text):
+    """A time with offset in UTC: one spelling for one instant.
 
-    >>> instant("2026-05-19T08:00:00.2500+02:00")
+    >>> utc_text("2026-05-19T08:00:00.2500+02:00")
     '2026-05-19T06:00:00.25Z'
     """
-    when, digits = moment(text)
-    return when.isoformat()[:19] + (digits and "." + digits) + "Z"
+    when, digits = utc_parts(text)
+    fraction = "." + digits if digits else ""
+    return when.isoformat()[:19] + fraction + "Z"
 
 
 def epoch(text):
     """Seconds since 1970 of a time with offset, or None for anything else."""
     try:
-        when, digits = moment(text)
+        when, digits = utc_parts(text)
         return when.timestamp() + float("0." + digits)
     except (AttributeError, TypeError, ValueError, OverflowError):
         return None
+
+
+def utc_from_epoch(seconds):
+    """2026-05-19T06:00:00Z, or None for what is no time."""
+    if not is_number(seconds) or not abs(seconds) < 2e11:
+        return None
+    moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+    return moment.isoformat()[:19] + "Z"
+
+
+def shift_time(when, seconds):
+    """A datetime moved by so many seconds; the first or last there is where that is beyond it."""
+    try:
+        return when + datetime.timedelta(seconds=seconds)
+    except OverflowError:
+        edge = datetime.datetime.min if seconds < 0 else datetime.datetime.max
+        return edge.replace(tzinfo=when.tzinfo)
+
+
+def unknown_time_zone():
+    """The name in TZ if this machine has no data for it and takes UTC instead, else None."""
+    name = os.environ.get("TZ", "").lstrip(":")
+    place = re.fullmatch(r"[A-Za-z_]+(/[A-Za-z_+-]+)*", name)
+    if not place or time.timezone or time.daylight:
+        return None
+    first = name.partition("/")[0]
+    if first.upper() in ("UTC", "GMT", "UCT", "ETC", "ZULU", "GREENWICH", "UNIVERSAL"):
+        return None
+    return name if time.tzname[0] in (first, name, "UTC", "") else None
 
 
 def parse_duration(text):
@@ -255,10 +535,34 @@ def parse_duration(text):
     text = text.strip()
     if re.fullmatch(_ISO_DURATION, text.upper()):
         return text.upper()
-    must(re.fullmatch(r"(?:\d{1,9}(?:\.\d+)?[smhdw])+", text, re.A),
-         "not a duration: use 90s, 1h30m or PT1M30S")
-    total = sum(float(part[:-1]) * _SECONDS[part[-1]] for part in re.findall(r"[\d.]+.", text))
-    return "PT" + f"{total:.3f}".rstrip("0").rstrip(".") + "S"
+    require(re.fullmatch(r"(?:\d{1,9}(?:\.\d+)?[smhdw])+", text, re.A),
+            "not a duration: use 90s, 1h30m or PT1M30S")
+    total = 0
+    for part in re.findall(r"[\d.]+.", text):
+        number, unit = part[:-1], part[-1]
+        total += float(number) * _SECONDS[unit]
+    seconds = f"{total:.3f}".rstrip("0").rstrip(".")
+    return f"PT{seconds}S"
+
+
+def duration_seconds(iso):
+    """Seconds of an ISO 8601 duration, or None where it has years, months or another form.
+
+    >>> duration_seconds("PT1M35.5S"), duration_seconds("P1Y")
+    (95.5, None)
+    """
+    if not isinstance(iso, str) or len(iso) > 40:
+        return None
+    match = re.fullmatch(_ISO_DURATION, iso)
+    if not match:
+        return None
+    weeks, years, months, days, hours, minutes, seconds = match.groups("0")
+    if match.group(2) or match.group(3):    # years and months have no certain length
+        return None
+    total = float(seconds.replace(",", "."))
+    total += 60 * int(minutes) + 3600 * int(hours)
+    total += 86400 * int(days) + 604800 * int(weeks)
+    return total
 
 
 def duration_text(iso):
@@ -267,11 +571,10 @@ def duration_text(iso):
     >>> duration_text("PT1M35S"), duration_text("PT0.25S"), duration_text("P1DT2H")
     ('1m 35s', '0.25s', '1d 2h')
     """
-    match = isinstance(iso, str) and re.fullmatch(_ISO_DURATION, iso)
-    if not match or match.group(2) or match.group(3) or len(iso) > 40:
-        return "" if iso is None else shown(iso)
-    return seconds_text(sum(float(part.replace(",", ".")) * size for part, size in zip(
-        match.groups("0"), (604800, 0, 0, 86400, 3600, 60, 1))))
+    if iso is None:
+        return ""
+    seconds = duration_seconds(iso)
+    return printable(iso) if seconds is None else seconds_text(seconds)
 
 
 def seconds_text(total):
@@ -279,16 +582,18 @@ def seconds_text(total):
     if total < 59.95:
         return f"{total:.3g}s"
     total = round(total)
-    parts = [f"{total // 86400}d", f"{total // 3600 % 24}h", f"{total // 60 % 60}m",
-             f"{total % 60}s"]
-    while parts[0][0] == "0":
-        parts.pop(0)
-    return " ".join(part for part in parts[:2] if part[0] != "0")
+    minutes, seconds = divmod(total, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    numbers = [(days, "d"), (hours, "h"), (minutes, "m"), (seconds, "s")]
+    while numbers[0][0] == 0:
+        numbers.pop(0)
+    return " ".join(f"{number}{unit}" for number, unit in numbers[:2] if number)
 
 
 def counted(count, word):
     """1 run, 2 runs."""
-    return f"{count} {word}" + ("" if count == 1 else "s")
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def size_text(size):
@@ -297,29 +602,23 @@ def size_text(size):
     >>> size_text(999), size_text(1840000)
     ('999 B', '1.8 MB')
     """
-    if not is_number(size):
+    if not is_number(size) or not 0 <= size < 1e300:
         return "size unknown"
     for unit in ("B", "KB", "MB"):
         if size < 999.5:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 10 else f"{size:.1f} {unit}"
+            digits = 0 if unit == "B" or size >= 10 else 1
+            return f"{size:.{digits}f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
 
 
 def is_number(value):
+    """Whether it is a number of JSON: True is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def plain(value):
-    """A value of the module's caller as JSON: datetimes with offset, tuples as lists."""
-    if isinstance(value, datetime.datetime):
-        return (value if value.tzinfo else value.astimezone()).isoformat()
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def digest(blocks):
+def sha256_of(blocks):
+    """The SHA-256 of some blocks of bytes, in hexadecimal."""
     import hashlib
     found = hashlib.sha256()
     for block in blocks:
@@ -333,370 +632,959 @@ def parse_word(text):
     >>> [parse_word(word) for word in ("12", "1.10", "true", "null", "A", "007", '"1.1"')]
     [12, '1.10', True, None, 'A', '007', '1.1']
     """
-    with contextlib.suppress(ValueError):
+    try:
         value = load_json(text)
-        if isinstance(value, str) or dump_json(value) == text and text[0] not in "[{":
-            return value
-    return text
+    except ValueError:
+        return text
+    if isinstance(value, str):
+        return value
+    written_so = text[0] not in "[{" and json.dumps(value) == text
+    return value if written_so else text
 
 
-def local_path(text):
-    """A path of the command line as the system's functions want it: see main about Python 3.6."""
-    return text if sys.version_info >= (3, 7) else os.fsdecode(
-        text.encode("utf-8", "surrogateescape"))
+def group_issues(issues):
+    """Problems that differ in their list indices alone, told once with their count.
+
+    >>> group_issues(["a[0].b: missing", "a[1].b: missing", "c: is empty"])
+    ['a[0].b: missing (and 1 more like it)', 'c: is empty']
+    """
+    first, counts = {}, collections.Counter()
+    for issue in issues:
+        kind = re.sub(r"\[\d+\]", "[]", issue)
+        first.setdefault(kind, issue)
+        counts[kind] += 1
+    lines = []
+    for kind, issue in first.items():
+        more = counts[kind] - 1
+        lines.append(f"{issue} (and {more} more like it)" if more else issue)
+    return lines
 
 
-def dig(value, path):
+def get_path(value, path):
     """What stands at a dotted path of nested dicts, or None."""
     for key in path.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
-def dicts(value):
+def only_dicts(value):
     """The dicts of a list; an odd value has none."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def closest(word, known):
-    """The known word that was meant, or None: difflib finds it, but for these."""
-    import difflib
-    usual = dict(pair.split("=") for pair in """delete=rm remove=rm show=get add=create
-        upload=create-attachment attach=create-attachment status=check --sn=--serial-number
-        --part=--part-number --batch=--batch-number --since=--started-after --after=--started-after
-        --before=--started-before --until=--started-before --station=--created-by-station-id
-        --user=--created-by-user-id --operator=--operated-by --key=--api-key-file --file=--attach
-        --host=--url --server=--url""".split()).get(word, "")
-    guesses = [usual, usual + "s", usual + "-ids"] + difflib.get_close_matches(word, known, 1)
-    return next((guess for guess in guesses if guess in known), None)
+def first_line(text):
+    """A text of several lines as one."""
+    return text.partition("\n")[0]
+
+
+def local_path(text):
+    """A path of the command line as the system's functions want it: see main about Python 3.6."""
+    if sys.version_info >= (3, 7):
+        return text
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def same_file(path, other):
+    """Whether two paths name one file; told without opening it, which would drop its locks."""
+    try:
+        return os.path.samestat(os.stat(path), os.stat(other))
+    except OSError:
+        return False
 
 
 # ---- fields --------------------------------------------------------------------------------------
 #
-# One row for each field of a request: it makes the flag, its help, the module's keyword argument,
-# the check and the place in the request. A row is "name kind choices | help | example"; rows stand
-# on lines below the title of their group in the help, short ones on one line with / between. After
-# the kind: * a list, ! required, ? null is allowed.
+# One Field for each field of a request. It makes the flag, its help, the keyword argument of the
+# module, the check, and the place in the request. Adding a filter that a new server offers is one
+# line in LIST.
 #
-# A kind is a branch of check_value. Those that look alike: `time` is a whole time and `when` also
-# 24h or now; `id` is the server's, `serial` a text to look for, `identifier` a name that the server
-# makes an object of; `record` has the fields of _records, `object` any, `metadata` up to 50 keys.
+# A kind is a function of KINDS, which takes a value and its Field, and returns the value as it goes
+# over the wire; ValueError says what is wrong with it. Kinds that look alike: `time` is a whole
+# time and `when` also 24h or now; `id` is the server's, `serial` a text to look for, `identifier` a
+# name that the server makes an object of; `object` is any JSON object, `metadata` one of up to 50
+# keys.
 
-Field = collections.namedtuple(
-    "Field", "name kind many need null group help example choices fields")
-Operation = collections.namedtuple("Operation", "method path fields answer_keys")
-
-
-_records = {}       # the Fields of the JSON objects inside a request, by the field that has them
+_IDENTIFIER = r"[a-zA-Z0-9_.:+-]+"
 
 
-def _table(text):
-    """The Fields of a text."""
-    fields, title = [], ""
-    for row in text.replace(" / ", "\n").split("\n"):
-        if row.endswith(":"):
-            title = row[:-1]
-        elif row:
-            spec, help, example = (row.split(" | ") + ["", ""])[:3]
-            name, kind, *choices = spec.split()
-            fields.append(Field(name, kind.rstrip("*!?"), "*" in kind, "!" in kind, "?" in kind,
-                                title, help, example, tuple(choices), _records.get(name, ())))
-    return tuple(fields)
+def check_text(value, field):
+    require(isinstance(value, str), "must be text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("is not text that UTF-8 can write") from None
+    return value
 
 
-ID = _table("which run: / id id! | the run's ID | run_abc123")
-NAME = _table(
-    "file: / name name! | file name with its extension, up to 255 characters | report.pdf")
-LIST = _table("""
-which runs:
-  search_query text | part of a serial number, or the beginning of a run ID | PCB01
-  ids id* | run IDs, or @FILE or - with one a line | run_abc run_def
-  outcomes enum* PASS FAIL ERROR TIMEOUT ABORTED | results | FAIL ERROR
-  procedure_ids id* | procedure IDs | proc_abc
-  procedure_versions text* | version tags of procedures | 1.2.3
-  deployment_ids id* | deployments that the runs came from | dep_abc
-  environments enum* production preview development | environments of those deployments | production
-  execution_ids text* | executions of several slots | exec-7f3a
-  slot_keys text* | keys of fixture slots | slot-1
-  slot_names text* | names of fixture slots | 'Left nest'
-unit:
-  serial_numbers serial* | serial numbers, or @FILE or - with one a line | SN-0001 SN-0002
-  samples enum* production golden failing ignored | kinds of unit | golden
-  part_numbers text* | part numbers | PCB01
-  revision_numbers text* | revisions | B
-  batch_numbers text* | batches | 2026-W20
-when:
-  duration_min duration | at least this long: 90s, 1h30m or PT1M30S | 90s
-  duration_max duration | at most this long | 5m
-  started_after when | started at or after: ISO 8601, 24h ago, now | 24h
-  started_before when | started at or before | 2026-05-19
-  ended_after when | ended at or after | 2026-05-19T08:00:00+02:00
-  ended_before when | ended at or before | 2026-05-19T16:00
-  created_after when | stored on the server at or after | 7d
-  created_before when | stored on the server at or before | now
-who:
-  created_by_user_ids id* | users who uploaded | user_abc
-  created_by_station_ids id* | stations that uploaded | station_abc
-  operated_by_ids id* | operators with an account | user_abc
-  operated_by_names text* | names of operators | 'Night shift'
-metadata:
-  metadata object | JSON: key, then in or contains (text), gte lte gt lt eq (number), eq (true, \
-false) | '{"shift":{"in":["A"]}}'
-  include_metadata boolean | metadata in each row | --include-metadata
-  include_sequences boolean | sequences in each row | --include-sequences
-page and order:
-  limit limit | rows wanted (50 if not given) | 200
-  cursor integer | number of rows to leave out first | 100
-  sort_by enum started_at created_at duration outcome serial_number part_number revision_number | \
-order by (started_at if not given) | duration
-  sort_order enum asc desc | direction (desc if not given) | asc
-""")
+def check_id(value, field):
+    check_text(value, field)
+    require(value.strip(), "is empty")
+    require(value.strip() not in (".", ".."), f"{value!r} is not an ID")
+    return value
 
-# the JSON objects inside a create, the innermost first; fields with the same rows share a line
-for _line in """\
-validators: outcome enum? PASS FAIL UNSET / operator text? / expected_value any? / \
-expression text? / is_decisive boolean?
-aggregations: type text! / outcome enum? PASS FAIL UNSET / value scalar? / unit text? / \
-validators record*?
-x_axis y_axis: data number*! / units text? / name text? / description text? / \
-validators record*? / aggregations record*?
-measurements: name text! / outcome enum! PASS FAIL UNSET / measured_value any? / units units? / \
-x_axis record? / y_axis record*? / lower_limit number / upper_limit number / \
-validators record*? / aggregations record*? / docstring text?
-phases: name text! / outcome enum! PASS FAIL SKIP ERROR / started_at time! / ended_at time! / \
-docstring text? / measurements record*? / retry_count count / sequence_path text?
-sequences: path text! / name text! / outcome enum! PASS FAIL ERROR TIMEOUT ABORTED SKIP / \
-source text? / started_at time? / ended_at time?
-logs: level enum! DEBUG INFO WARNING ERROR CRITICAL / timestamp time! / message text! / \
-source_file text! / line_number integer!
-secrets: key text! / variable_id text? / version integer? / \
-source enum default shell dotenv process station procedure organization""".split("\n"):
-    _names, _, _rows = _line.partition(": ")
-    _records.update(dict.fromkeys(_names.split(), _table(_rows)))
-_records["config"] = _table("value scalar!") + _records["secrets"]
 
-CREATE = _table("""
-which run:
-  outcome enum! PASS FAIL ERROR TIMEOUT ABORTED | result | PASS
-  procedure_id id! | the procedure | proc_abc
-  procedure_version identifier? | its version tag, made when missing | 1.2.3
-  deployment_id id? | the deployment it ran from | dep_abc
-  execution_id text? | joins the runs of several slots | exec-7f3a
-  slot_key text? | fixture slot, needs --execution-id | slot-1
-  slot_name text? | its name, needs --slot-key | 'Left nest'
-  client_run_ref text | your own reference instead of the one made from the content; the same \
-reference is the same run | station7-000042
-unit:
-  serial_number identifier! | the unit under test, made when missing | SN-0001
-  part_number identifier | its part, where the serial number does not tell | PCB01
-  revision_number identifier | its revision | B
-  batch_number identifier | its batch | 2026-W20
-  sub_units identifier* | serial numbers of the units inside | PSU-1 FAN-2
-when:
-  started_at time! | begin: ISO 8601; without offset it is local | 2026-05-19T08:00:00Z
-  ended_at time! | end, not before the begin | 2026-05-19T08:00:42Z
-who:
-  operated_by text | operator: an e-mail address or a name | ada@example.com
-content:
-  docstring text | a note | 'second try'
-  phases record* | JSON list of phases with measurements | @phases.json
-  sequences record*? | JSON list of sequence calls | @sequences.json
-  logs record* | JSON list of log lines | @logs.json
-  config record* | JSON list of configuration values used | @config.json
-  secrets record* | JSON list of secrets used, never their values | @secrets.json
-metadata:
-  metadata metadata | JSON object, up to 50 keys | '{"shift":"A","temp":23.4}'
-  unit_metadata metadata | the same, for the unit | @unit.json
-""")
+def check_identifier(value, field):
+    value = check_text(value, field).strip()
+    require(value, "is empty")
+    require(len(value) <= 60, f"has {len(value)} characters, the server takes 60")
+    wrong = sorted(set(re.sub(_IDENTIFIER, "", value)))
+    require(not wrong, "the server takes letters, digits and _ . : + - only, not "
+            + " ".join(map(repr, wrong)))
+    return value
 
-OPERATIONS = {      # answer_keys: texts that an answer must hold, else it is not the API's
-    "list": Operation("GET", "/v2/runs", LIST, ""),
-    "get": Operation("GET", "/v2/runs/{id}", ID, "id"),
-    "create": Operation("POST", "/v2/runs", CREATE, "id"),
-    "update": Operation("PATCH", "/v2/runs/{id}", ID + _table(
-        "files: / attachments id* | IDs of uploads to link | att_1 att_2"), "id"),
-    "update_metadata": Operation("PATCH", "/v2/runs/{id}/metadata", ID + _table(
-        """metadata: / metadata metadata | JSON object; null deletes a key \
-| '{"shift":"A","lot":null}'"""), "id"),
-    "create_attachment": Operation("POST", "/v2/runs/{id}/attachments", ID + NAME, "id upload_url"),
-    "delete": Operation("DELETE", "/v2/runs", _table(
-        "which runs: / ids id*! | run IDs, or @FILE or - with one a line | run_a run_b"), ""),
-    "initialize": Operation("POST", "/v2/attachments", NAME, "id upload_url"),
-    "finalize": Operation("POST", "/v2/attachments/{id}/finalize", _table(
-        "which upload: / id id! | the upload's ID | att_1"), "url"),
-    "whoami": Operation("GET", "/v2/whoami", (), ""),
+
+def check_name(value, field):
+    check_text(value, field)
+    require(value, "is empty")
+    require(len(value) <= 255, f"has {len(value)} characters, the server takes 255")
+    return value
+
+
+def check_enum(value, field):
+    word = check_text(value, field).strip()
+    if word in field.choices:
+        return word
+    choices = {choice.lower(): choice for choice in field.choices}
+    choice = choices.get(word.lower())
+    if choice is None:
+        require(word, "is empty; use one of " + " ".join(field.choices))
+        meant = closest(word.lower(), list(choices))
+        known = " ".join(field.choices)
+        reason = f"{word[:60]!r} is not one of {known}"
+        if meant:
+            reason += f"; did you mean {choices[meant]}?"
+        raise ValueError(reason)
+    return choice
+
+
+def check_time(value, field):
+    if isinstance(value, datetime.datetime):
+        value = to_json(value)
+    return parse_time(check_text(value, field))
+
+
+def check_when(value, field):
+    if isinstance(value, datetime.datetime):
+        value = to_json(value)
+    return parse_when(check_text(value, field), datetime.datetime.now().astimezone())
+
+
+def check_duration(value, field):
+    return parse_duration(check_text(value, field))
+
+
+def check_integer(value, field):
+    if isinstance(value, str) and re.fullmatch("-?[0-9]{1,15}", value.strip()):
+        value = int(value)
+    require(isinstance(value, int) and not isinstance(value, bool), "must be a whole number")
+    return value
+
+
+def check_count(value, field):
+    value = check_integer(value, field)
+    require(value >= 0, "must be 0 or more")
+    return value
+
+
+def check_limit(value, field):
+    value = check_integer(value, field)
+    require(value >= 1, "must be 1 or more")
+    return value
+
+
+def check_page(value, field):
+    value = check_integer(value, field)
+    require(1 <= value <= 100, "must be 1 to 100")
+    return value
+
+
+def check_seconds(value, field):
+    require(re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value),
+            "must be a number, above 0 and below 1000000")
+    return float(value)
+
+
+def check_boolean(value, field):
+    word = str(value).lower()
+    require(word in ("true", "false"), "must be true or false")
+    return word == "true"
+
+
+def check_number(value, field):
+    require(type(value) in (int, float), "must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{json.dumps(value)} is not valid JSON")
+    return value
+
+
+def check_scalar(value, field):
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return check_text(value, field)
+    require(is_number(value), "must be text, a number, true or false")
+    return check_number(value, field)
+
+
+def check_units(value, field):
+    if isinstance(value, list):
+        return [check_text(unit, field) for unit in value]
+    return check_text(value, field)
+
+
+def check_any(value, field):
+    if isinstance(value, (str, bool, int, float)):
+        return check_scalar(value, field)
+    if isinstance(value, (dict, list, tuple)):
+        require_shallow(value)
+    value = to_json(value)
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeError:
+        raise ValueError("holds text that UTF-8 cannot write") from None
+    except ValueError:
+        raise ValueError("holds NaN or Infinity, which is not valid JSON") from None
+    except (TypeError, RecursionError):
+        raise ValueError("holds an object that JSON does not know") from None
+    return value
+
+
+def check_object(value, field):
+    require(isinstance(value, dict), "must be a JSON object, such as " + field.example.strip("'"))
+    return check_any(value, field)
+
+
+def check_metadata(value, field):
+    require(isinstance(value, dict), "must be a JSON object, such as " + field.example.strip("'"))
+    return value
+
+
+def check_path(value, field):
+    require(value, "is empty")
+    return local_path(value)
+
+
+def check_flag(value, field):
+    return value
+
+
+KINDS = {
+    "text": check_text, "id": check_id, "serial": check_id, "identifier": check_identifier,
+    "name": check_name, "enum": check_enum, "time": check_time, "when": check_when,
+    "duration": check_duration, "integer": check_integer, "count": check_count,
+    "limit": check_limit, "page": check_page, "seconds": check_seconds, "boolean": check_boolean,
+    "number": check_number, "scalar": check_scalar, "units": check_units, "any": check_any,
+    "object": check_object, "metadata": check_metadata, "record": check_object, "path": check_path,
+    "flag": check_flag,
 }
+JSON_KINDS = ("record", "object", "metadata")
+PLAIN_KINDS = tuple(kind for kind in KINDS if kind not in ("record", "metadata", "time"))
 
 
-def flag(name):
+class Record:
+    """The fields of one JSON object."""
+
+    def __init__(self, *fields):
+        self.fields = fields
+        self.by_name = {field.name: field for field in fields}
+        self.names = tuple(self.by_name)
+        self.required = tuple(field.name for field in fields if field.required)
+        self.has_times = False      # whether there is a time in it, at any depth
+        for field in fields:
+            if field.kind == "time" or field.record and field.record.has_times:
+                self.has_times = True
+
+
+class Field:
+    """A field of a request, or a flag of a command.
+
+    `many`: a list; `null`: the API takes null; `record`: the fields of each JSON object in it.
+    `help` and `example` stand in the help of the command.
+    """
+
+    def __init__(self, name, kind, help="", example="", choices=(), many=False, required=False,
+                 null=False, record=None):
+        self.name = name
+        self.kind = kind
+        self.check = KINDS[kind]
+        self.help = help
+        self.example = example
+        self.choices = tuple(choices)
+        self.many = many
+        self.required = required
+        self.null = null
+        self.record = record
+        self.is_plain = kind in PLAIN_KINDS and not many    # its value can be checked by itself
+        self.group = ""
+        if (kind == "enum") != bool(choices) or (kind == "record") != bool(record):
+            raise TypeError(f"{name}: an enum has choices, a record its fields, others have none")
+
+
+def group(title, *fields):
+    """Fields that stand below one title in the help."""
+    for field in fields:
+        field.group = title
+    return fields
+
+
+RUN_OUTCOMES = ("PASS", "FAIL", "ERROR", "TIMEOUT", "ABORTED")
+STEP_OUTCOMES = ("PASS", "FAIL", "UNSET")
+SOURCES = ("default", "shell", "dotenv", "process", "station", "procedure", "organization")
+
+LIST = Record(
+    *group(
+        "which runs",
+        Field("search_query", "text", "part of a serial number, or the beginning of a run ID",
+              "PCB01"),
+        Field("ids", "id", "run IDs, or @FILE or - with one a line", "run_abc run_def", many=True),
+        Field("outcomes", "enum", "results", "FAIL ERROR", RUN_OUTCOMES, many=True),
+        Field("procedure_ids", "id", "procedure IDs", "proc_abc", many=True),
+        Field("procedure_versions", "text", "version tags of procedures", "1.2.3", many=True),
+        Field("deployment_ids", "id", "deployments that the runs came from", "dep_abc", many=True),
+        Field("environments", "enum", "environments of those deployments", "production",
+              ("production", "preview", "development"), many=True),
+        Field("execution_ids", "text", "executions of several slots", "exec-7f3a", many=True),
+        Field("slot_keys", "text", "keys of fixture slots", "slot-1", many=True),
+        Field("slot_names", "text", "names of fixture slots", "'Left nest'", many=True),
+    ),
+    *group(
+        "unit",
+        Field("serial_numbers", "serial", "serial numbers, or @FILE or - with one a line",
+              "SN-0001 SN-0002", many=True),
+        Field("samples", "enum", "kinds of unit", "golden",
+              ("production", "golden", "failing", "ignored"), many=True),
+        Field("part_numbers", "text", "part numbers", "PCB01", many=True),
+        Field("revision_numbers", "text", "revisions", "B", many=True),
+        Field("batch_numbers", "text", "batches", "2026-W20", many=True),
+    ),
+    *group(
+        "when",
+        Field("duration_min", "duration", "at least this long: 90s, 1h30m or PT1M30S", "90s"),
+        Field("duration_max", "duration", "at most this long", "5m"),
+        Field("started_after", "when", "started at or after: ISO 8601, a date, today, yesterday, "
+              "24h (ago), now", "24h"),
+        Field("started_before", "when", "started at or before", "2026-05-19"),
+        Field("ended_after", "when", "ended at or after", "2026-05-19T08:00:00+02:00"),
+        Field("ended_before", "when", "ended at or before", "2026-05-19T16:00"),
+        Field("created_after", "when", "stored on the server at or after", "7d"),
+        Field("created_before", "when", "stored on the server at or before", "now"),
+    ),
+    *group(
+        "who",
+        Field("created_by_user_ids", "id", "users who uploaded", "user_abc", many=True),
+        Field("created_by_station_ids", "id", "stations that uploaded", "station_abc", many=True),
+        Field("operated_by_ids", "id", "operators with an account", "user_abc", many=True),
+        Field("operated_by_names", "text", "names of operators", "'Night shift'", many=True),
+    ),
+    *group(
+        "metadata",
+        Field("metadata", "object", "JSON: for each key in or contains (text), gte lte gt lt eq "
+              "(number), eq (true, false)", """'{"shift":{"in":["A"]}}'"""),
+        Field("include_metadata", "boolean", "metadata in each row", "--include-metadata"),
+        Field("include_sequences", "boolean", "sequences in each row", "--include-sequences"),
+    ),
+    *group(
+        "page and order",
+        Field("limit", "limit", "rows wanted (50 if not given)", "200"),
+        Field("cursor", "count", "number of rows to leave out first", "100"),
+        Field("sort_by", "enum", "order by (started_at if not given)", "duration",
+              ("started_at", "created_at", "duration", "outcome", "serial_number", "part_number",
+               "revision_number")),
+        Field("sort_order", "enum", "direction (desc if not given)", "asc", ("asc", "desc")),
+    ),
+)
+
+VALIDATOR = Record(
+    Field("outcome", "enum", choices=STEP_OUTCOMES, null=True),
+    Field("operator", "text", null=True),
+    Field("expected_value", "any", null=True),
+    Field("expression", "text", null=True),
+    Field("is_decisive", "boolean", null=True),
+)
+AGGREGATION = Record(
+    Field("type", "text", required=True),
+    Field("outcome", "enum", choices=STEP_OUTCOMES, null=True),
+    Field("value", "scalar", null=True),
+    Field("unit", "text", null=True),
+    Field("validators", "record", record=VALIDATOR, many=True, null=True),
+)
+AXIS = Record(
+    Field("data", "number", many=True, required=True),
+    Field("units", "text", null=True),
+    Field("name", "text", null=True),
+    Field("description", "text", null=True),
+    Field("validators", "record", record=VALIDATOR, many=True, null=True),
+    Field("aggregations", "record", record=AGGREGATION, many=True, null=True),
+)
+MEASUREMENT = Record(
+    Field("name", "text", required=True),
+    Field("outcome", "enum", choices=STEP_OUTCOMES, required=True),
+    Field("measured_value", "any", null=True),
+    Field("units", "units", null=True),
+    Field("x_axis", "record", record=AXIS, null=True),
+    Field("y_axis", "record", record=AXIS, many=True, null=True),
+    Field("lower_limit", "number"),
+    Field("upper_limit", "number"),
+    Field("validators", "record", record=VALIDATOR, many=True, null=True),
+    Field("aggregations", "record", record=AGGREGATION, many=True, null=True),
+    Field("docstring", "text", null=True),
+)
+PHASE = Record(
+    Field("name", "text", required=True),
+    Field("outcome", "enum", choices=("PASS", "FAIL", "SKIP", "ERROR"), required=True),
+    Field("started_at", "time", required=True),
+    Field("ended_at", "time", required=True),
+    Field("docstring", "text", null=True),
+    Field("measurements", "record", record=MEASUREMENT, many=True, null=True),
+    Field("retry_count", "count"),
+    Field("sequence_path", "text", null=True),
+)
+SEQUENCE = Record(
+    Field("path", "text", required=True),
+    Field("name", "text", required=True),
+    Field("outcome", "enum", choices=RUN_OUTCOMES + ("SKIP",), required=True),
+    Field("source", "text", null=True),
+    Field("started_at", "time", null=True),
+    Field("ended_at", "time", null=True),
+)
+LOG = Record(
+    Field("level", "enum", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+          required=True),
+    Field("timestamp", "time", required=True),
+    Field("message", "text", required=True),
+    Field("source_file", "text", required=True),
+    Field("line_number", "integer", required=True),
+)
+SECRET = Record(
+    Field("key", "text", required=True),
+    Field("variable_id", "text", null=True),
+    Field("version", "integer", null=True),
+    Field("source", "enum", choices=SOURCES, null=True),
+)
+CONFIG = Record(Field("value", "scalar", required=True), *SECRET.fields)
+
+CREATE = Record(
+    *group(
+        "which run",
+        Field("outcome", "enum", "result", "PASS", RUN_OUTCOMES, required=True),
+        Field("procedure_id", "id", "the procedure", "proc_abc", required=True),
+        Field("procedure_version", "identifier", "its version tag, made when missing", "1.2.3",
+              null=True),
+        Field("deployment_id", "id", "the deployment it ran from", "dep_abc", null=True),
+        Field("execution_id", "text", "joins the runs of several slots", "exec-7f3a", null=True),
+        Field("slot_key", "text", "fixture slot, needs --execution-id", "slot-1", null=True),
+        Field("slot_name", "text", "its name, needs --slot-key", "'Left nest'", null=True),
+        Field("client_run_ref", "text", "your own reference instead of the one made from the "
+              "content; the same reference is the same run", "station7-000042"),
+    ),
+    *group(
+        "unit",
+        Field("serial_number", "identifier", "the unit under test, made when missing", "SN-0001",
+              required=True),
+        Field("part_number", "identifier", "its part, where the serial number does not tell",
+              "PCB01"),
+        Field("revision_number", "identifier", "its revision", "B"),
+        Field("batch_number", "identifier", "its batch", "2026-W20"),
+        Field("sub_units", "identifier", "serial numbers of the units inside; each needs a run of "
+              "its own first", "PSU-1 FAN-2", many=True),
+    ),
+    *group(
+        "when",
+        Field("started_at", "time", "begin: ISO 8601; local without an offset",
+              "2026-05-19T08:00:00Z", required=True),
+        Field("ended_at", "time", "end, not before the begin", "2026-05-19T08:00:42Z",
+              required=True),
+    ),
+    *group(
+        "who",
+        Field("operated_by", "text", "operator: an e-mail address or a name", "ada@example.com"),
+    ),
+    *group(
+        "content",
+        Field("docstring", "text", "a note", "'second try'"),
+        Field("phases", "record", "JSON list of phases with their measurements; create --example "
+              "shows all that can stand there",
+              """'[{"name": "power", "outcome": "PASS",
+      "started_at": "2026-05-19T08:00:00Z", "ended_at": "2026-05-19T08:00:12Z",
+      "measurements": [{"name": "vcc", "outcome": "PASS",
+                        "measured_value": 3.3, "units": "V"}]}]'""",
+              record=PHASE, many=True),
+        Field("sequences", "record", "JSON list of sequence calls",
+              """'[{"path": "cal", "name": "Calibration", "outcome": "PASS"}]'""",
+              record=SEQUENCE, many=True, null=True),
+        Field("logs", "record", "JSON list of log lines",
+              """'[{"level": "INFO", "timestamp": "2026-05-19T08:00:01Z",
+      "message": "power on", "source_file": "fct.py", "line_number": 1}]'""",
+              record=LOG, many=True),
+        Field("config", "record", "JSON list of configuration values used",
+              """'[{"key": "volts", "value": 3.3}]'""", record=CONFIG, many=True),
+        Field("secrets", "record", "JSON list of secrets used, never their values",
+              """'[{"key": "token"}]'""", record=SECRET, many=True),
+    ),
+    *group(
+        "metadata",
+        Field("metadata", "metadata", "JSON object, up to 50 keys", """'{"shift":"A","t":23.4}'"""),
+        Field("unit_metadata", "metadata", "the same, for the unit", """'{"lot":"L7"}'"""),
+    ),
+)
+
+RUN_ID = Record(*group("which run", Field(
+    "id", "id", "the run's ID (or the ID as a plain word)", "run_abc123", required=True)))
+UPLOAD_ID = Record(*group("which upload", Field(
+    "id", "id", "the upload's ID", "att_1", required=True)))
+FILE_NAME = Record(*group("file", Field(
+    "name", "name", "file name with its extension, up to 255 characters", "report.pdf",
+    required=True)))
+RUN_IDS = Record(*group("which runs", Field(
+    "ids", "id", "run IDs, as plain words too, or @FILE or - with one a line", "run_a run_b",
+    many=True, required=True)))
+UPLOADS = group("files", Field(
+    "attachments", "id", "IDs of uploads to link", "att_1 att_2", many=True))
+NEW_METADATA = group("metadata", Field(
+    "metadata", "metadata", "JSON object; null deletes a key", """'{"shift":"A","lot":null}'"""))
+
+
+# The flags of commands that are no part of a request.
+
+FORMATS = ("table", "json", "jsonl", "csv", "xlsx")
+GLOBAL = Record(
+    *group(
+        "output",
+        Field("json", "flag", "the server's JSON on stdout, and errors as JSON on stderr"),
+        Field("format", "enum", "form of the output; xlsx is a workbook", "csv", FORMATS),
+        Field("columns", "text", "fields to show, as dotted paths", "id,unit.serial_number"),
+        Field("out", "path", "write to a file, which is replaced at the end only", "runs.csv"),
+        Field("q", "flag", "IDs only; errors are still told"),
+        Field("v", "flag", "a line for each request on stderr"),
+        Field("dry_run", "flag", "print the requests, send nothing"),
+    ),
+    *group(
+        "connection",
+        Field("url", "text", "the server; else TOFUPILOT_URL, else the credentials file, else the "
+              "cloud", "https://tofupilot.example.com"),
+        Field("api_key_file", "path", "file with the key, or -; else TOFUPILOT_API_KEY, else "
+              "~/.tofupilot/credentials.json", "/etc/tofupilot.key"),
+        Field("ca_cert", "path", "a private CA, besides the system's; else TOFUPILOT_CA_CERT",
+              "factory.pem"),
+        Field("timeout", "seconds", "seconds for each wait on the network (30)", "10"),
+        Field("retries", "count", "tries after the first (3)", "0"),
+        Field("allow_http", "flag", "plain http to another machine"),
+    ),
+)
+QUEUE = group("queue", Field(
+    "queue", "path", "the queue file; else TOFUPILOT_QUEUE, else runs.queue in ~/.tofupilot",
+    "line3.queue"))
+SET = group("metadata", Field(
+    "set", "text", "a key without JSON quoting; a number only as JSON writes it (1.5, not 1.50), "
+    "else text", "shift=A temp=23.4", many=True))
+UNSET = group("metadata", Field("unset", "text", "delete these keys", "lot", many=True))
+YES = group("output", Field("yes", "flag", "do not ask"))
+REQUEST = CREATE.fields + SET + group(
+    "content",
+    Field("body", "text", "the whole request as JSON; flags override its fields", "@run.json"),
+    Field("attach", "path", "files to upload and link", "report.pdf scope.png", many=True),
+)
+
+
+def optional(fields):
+    """The same fields, none of which must be given."""
+    import copy
+    copies = [copy.copy(field) for field in fields]
+    for field in copies:
+        field.required = False
+    return tuple(copies)
+
+
+class Operation:
+    """An operation of the API. `answer_keys`: texts that its answer must hold to be the API's."""
+
+    def __init__(self, method, path, record, answer_keys=()):
+        self.method = method
+        self.path = path
+        self.record = record
+        self.fields = record.fields
+        self.answer_keys = answer_keys
+
+
+OPERATIONS = {
+    "list": Operation("GET", "/v2/runs", LIST),
+    "get": Operation("GET", "/v2/runs/{id}", RUN_ID, ("id",)),
+    "create": Operation("POST", "/v2/runs", CREATE, ("id",)),
+    "update": Operation("PATCH", "/v2/runs/{id}", Record(*RUN_ID.fields, *UPLOADS), ("id",)),
+    "update_metadata": Operation("PATCH", "/v2/runs/{id}/metadata",
+                                 Record(*RUN_ID.fields, *NEW_METADATA), ("id",)),
+    "create_attachment": Operation("POST", "/v2/runs/{id}/attachments",
+                                   Record(*RUN_ID.fields, *FILE_NAME.fields), ("id", "upload_url")),
+    "delete": Operation("DELETE", "/v2/runs", RUN_IDS),
+    "initialize": Operation("POST", "/v2/attachments", FILE_NAME, ("id", "upload_url")),
+    "finalize": Operation("POST", "/v2/attachments/{id}/finalize", UPLOAD_ID, ("url",)),
+    "whoami": Operation("GET", "/v2/whoami", Record(), ("type",)),
+}
+REQUIRED = CREATE.required      # the five fields without which there is no run
+
+
+def flag_name(name):
     """--serial-number for serial_number, -v for v."""
     return ("--" if len(name) > 1 else "-") + name.replace("_", "-")
 
 
-_TEXT = "text serial id identifier name enum time when duration".split()
-_BOUNDS = {"integer": (-math.inf, math.inf, ""), "count": (0, math.inf, "must be 0 or more"),
-           "limit": (1, math.inf, "must be 1 or more"), "page": (1, 100, "must be 1 to 100")}
+# What people type for a word of this program; difflib finds most others.
+USUAL_WORDS = {
+    "delete": "rm", "remove": "rm", "del": "rm", "list": "ls", "show": "get", "view": "get",
+    "add": "create", "new": "create", "upload": "create-attachment", "attach": "create-attachment",
+    "status": "check", "whoami": "check", "edit": "update-metadata", "logs": "get", "log": "get",
+    "--sn": "--serial-number", "--serial": "--serial-number", "--part": "--part-number",
+    "--batch": "--batch-number", "--since": "--started-after", "--after": "--started-after",
+    "--before": "--started-before", "--until": "--started-before",
+    "--station": "--created-by-station-id", "--user": "--created-by-user-id",
+    "--operator": "--operated-by", "--key": "--api-key-file", "--api-key": "--api-key-file",
+    "--token": "--api-key-file", "--file": "--attach", "--attachment": "--attach",
+    "--host": "--url", "--server": "--url", "--base-url": "--url", "--status": "--outcome",
+    "--result": "--outcome", "--procedure": "--procedure-id", "--query": "--search-query",
+    "--search": "--search-query", "--output": "--out", "-o": "--out", "-L": "--limit",
+    "-n": "--limit", "-f": "--format", "-j": "--json", "-h": "--help", "--quiet": "-q",
+    "--verbose": "-v", "--sort": "--sort-by", "--order": "--sort-order", "--phase": "--phases",
+}
 
 
-def check_value(field, value):
-    """One value as the API takes it; ValueError says what is wrong with it."""
-    kind = field.kind
-    must(isinstance(value, str) or kind not in _TEXT, "must be text")
-    if kind == "id":
-        must(value.strip() not in ("", ".", ".."), f"{value!r} is no ID" if value else "is empty")
-    elif kind == "identifier":
-        value = value.strip()
-        must(1 <= len(value) <= 60, "must have 1 to 60 characters")
-        wrong = " ".join(sorted(map(repr, set(re.sub(_IDENTIFIER, "", value)))))
-        must(not wrong, f"the server takes letters, digits and _ . : + - only, not {wrong}")
-    elif kind == "path":
-        must(value, "is empty")
-        return local_path(value)
-    elif kind == "name":
-        must(1 <= len(value) <= 255, "must have 1 to 255 characters")
-    elif kind == "enum":
-        words, word = {choice.lower(): choice for choice in field.choices}, value.strip().lower()
-        if word not in words:
-            meant = closest(word, list(words))
-            raise ValueError(f"{value[:60]!r} is not one of {' '.join(field.choices)}"
-                             + (f"; did you mean {words[meant]}?" if meant else ""))
-        value = words[word]
-    elif kind in ("time", "when"):
-        now = datetime.datetime.now().astimezone() if kind == "when" else None
-        value = parse_time(value, now)
-    elif kind == "duration":
-        value = parse_duration(value)
-    elif kind in _BOUNDS:
-        if isinstance(value, str) and re.fullmatch("-?[0-9]{1,15}", value.strip()):
-            value = int(value)
-        must(isinstance(value, int) and not isinstance(value, bool), "must be a whole number")
-        least, most, why = _BOUNDS[kind]
-        must(least <= value <= most, why)
-    elif kind == "seconds":
-        must(re.fullmatch(r"\d{1,6}(\.\d+)?", value) and float(value),
-             "must be a number, above 0 and below 1000000")
-        value = float(value)
-    elif kind == "boolean":
-        must(str(value).lower() in ("true", "false"), "must be true or false")
-        value = str(value).lower() == "true"
-    elif kind == "number" or kind == "scalar" and not isinstance(value, (str, bool)):
-        must(is_number(value) and math.isfinite(value), "must be a number")
-    elif kind == "units" and not isinstance(value, str):
-        must(isinstance(value, list) and all(isinstance(unit, str) for unit in value),
-             "must be text")
-    elif kind in ("object", "metadata"):
-        must(isinstance(value, dict), "must be a JSON object")
-        if kind == "metadata":
-            check_metadata(value)
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except UnicodeError:
-        raise ValueError("is not text that UTF-8 can write") from None
-    except (TypeError, ValueError, RecursionError):
-        raise ValueError("cannot be sent (NaN, Infinity or an object of Python)") from None
-    return value
+def closest(word, known):
+    """The known word that was meant, or None."""
+    import difflib
+    usual = USUAL_WORDS.get(word, "")
+    for guess in (usual, usual + "s", usual + "-ids", usual + "-names"):
+        if guess in known:
+            return guess
+    guesses = difflib.get_close_matches(word, known, 1) if len(word) > 2 else []
+    return guesses[0] if guesses else None
 
 
-def check_metadata(value):
-    must(len(value) <= 50, f"has {len(value)} keys, the server takes 50")
-    for key, item in value.items():
-        name = repr(key)[:60]
-        must(isinstance(key, str) and len(key) <= 40 and re.fullmatch(_IDENTIFIER, key),
-             f"key {name}: 1 to 40 letters, digits and _ . : + - only")
-        must(item is None or isinstance(item, (str, int, float)),
-             f"{name}: must be text, a number, true or false")
-        must(not isinstance(item, str) or len(item) <= 50000,
-             f"{name}: is longer than 50,000 characters")
+# ---- checks --------------------------------------------------------------------------------------
+
+# Names that people give to a field of the API; other slips are found by their letters.
+USUAL_SLIPS = {"value": "measured_value", "limit_low": "lower_limit", "low_limit": "lower_limit",
+               "limit_high": "upper_limit", "high_limit": "upper_limit", "start_time": "started_at",
+               "end_time": "ended_at", "status": "outcome", "serial": "serial_number"}
 
 
-_UNKNOWN, = _table("unknown any?")      # a newer server may know it: it is sent on
+# Fields that get returns and create does not know: whoever sends them back means no other.
+RETURNED = {
+    CREATE: ("id", "created_at", "duration", "procedure", "unit", "created_by_user",
+             "created_by_station", "attachments"),
+    PHASE: ("id", "duration"),
+    MEASUREMENT: ("id", "data_series"),
+    AGGREGATION: ("id",),
+    VALIDATOR: ("is_expression_only", "analytics_expression", "has_custom_expression"),
+    SEQUENCE: ("id", "key", "parent_path", "duration"),
+    LOG: ("id",),
+}
 
 
-def check_record(fields, value, path, problems):
-    """A JSON object as the API takes it; what is wrong with it is added to problems."""
-    prefix, known, wire = path and path + ".", {field.name: field for field in fields}, {}
-    for key, item in value.items():
-        field, name = known.get(key, _UNKNOWN), f"{prefix}{key}"
-        if item is None and field.null:
-            wire[key] = None
-        elif item is None:
-            problems.append(f"{name}: null is not allowed, leave it out")
-        elif not field.many:
-            wire[key] = check_field(field, item, name, problems)
-        elif isinstance(item, list):
-            wire[key] = [check_field(field, part, f"{name}[{number}]", problems)
-                         for number, part in enumerate(item)]
+class Findings:
+    """What the checks of one request found: problems, and warnings about what is sent all the same.
+
+    Both are lists of "path: reason", such as "phases[1].measurements[0].outcome: missing".
+    """
+
+    def __init__(self, keeps_unknown=True):
+        self.keeps_unknown = keeps_unknown      # else an unknown field is a problem
+        self.problems = []
+        self.warnings = []
+        self.meant = {}     # (record, unknown name): the field that was meant, or None
+
+    def unknown_field(self, record, name, path):
+        """A field that the table does not know: newer servers may, unless it is nearly a known."""
+        key = (record, name)
+        if key not in self.meant:
+            is_returned = name in RETURNED.get(record, ())
+            self.meant[key] = None if is_returned else nearly_known(name, record.names)
+        if self.meant[key]:
+            self.problems.append(f"{path}: unknown field, did you mean {self.meant[key]}?")
+        elif self.keeps_unknown:
+            self.warnings.append(f"{path}: unknown field, sent as it is")
         else:
-            problems.append(f"{name}: must be a list")
-    problems += [f"{prefix}{name}: missing" for name, field in known.items()
-                 if field.need and (name not in value or field.kind == "id" and not value[name])]
-    start, end = epoch(wire.get("started_at")), epoch(wire.get("ended_at"))
-    if start is not None and end is not None and end < start:
-        problems.append(f"{prefix}ended_at: is before started_at")
+            self.problems.append(f"{path}: unknown field")
+
+
+def nearly_known(name, known):
+    """The known name that an unknown one is nearly, or None.
+
+    >>> nearly_known("measurments", ["name", "measurements"]), nearly_known("colour", ["name"])
+    ('measurements', None)
+    """
+    if not isinstance(name, str):
+        return None
+    usual = USUAL_SLIPS.get(name)
+    if usual in known:
+        return usual
+    letters = bare_letters(name)
+    for candidate in known:
+        other = bare_letters(candidate)
+        slips = 2 if len(other) >= 8 else 1
+        if letters == other or within_slips(letters, other, slips):
+            return candidate
+    return None
+
+
+def bare_letters(name):
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def within_slips(word, other, most):
+    """Whether so many slips make one word of the other.
+
+    A slip is a letter that is missing, added or wrong, or two neighbours that changed places.
+    `costs[i][j]`: the slips between the first i letters of one and the first j of the other.
+    """
+    if abs(len(word) - len(other)) > most:
+        return False
+    costs = [list(range(len(other) + 1))]
+    for i in range(1, len(word) + 1):
+        row = [i]
+        for j in range(1, len(other) + 1):
+            is_wrong = word[i - 1] != other[j - 1]
+            cost = costs[i - 1][j - 1] + is_wrong
+            cost = min(cost, costs[i - 1][j] + 1)
+            cost = min(cost, row[j - 1] + 1)
+            neighbours = word[i - 2:i]
+            if min(i, j) > 1 and neighbours == other[j - 1] + other[j - 2]:
+                cost = min(cost, costs[i - 2][j - 2] + 1)
+            row.append(cost)
+        costs.append(row)
+    return costs[-1][-1] <= most
+
+
+def check_record(record, value, path, findings, begin=None):
+    """A JSON object as it goes over the wire; what is wrong with it is added to the findings.
+
+    `begin` (epoch seconds) is the begin of the run: see local_reading.
+    """
+    prefix = path + "." if path else ""
+    wire = {}
+    if record.has_times:
+        begin = begin_of(value, begin)
+    for key, item in value.items():
+        field = record.by_name.get(key)
+        if field is None:
+            findings.unknown_field(record, key, f"{prefix}{key}")
+            wire[key] = check_one(ANYTHING, item, f"{prefix}{key}", findings)
+        elif item is None:
+            wire[key] = None
+            if not field.null:
+                findings.problems.append(f"{prefix}{key}: null is not allowed, leave it out")
+        elif field.is_plain:
+            try:
+                wire[key] = field.check(item, field)
+            except (ValueError, OverflowError) as error:
+                findings.problems.append(f"{prefix}{key}: {error}")
+                wire[key] = item
+        elif field.many:
+            wire[key] = check_list(field, item, f"{prefix}{key}", findings, begin)
+        else:
+            wire[key] = check_one(field, item, f"{prefix}{key}", findings, begin)
+            if field.kind == "time":
+                wire[key] = local_reading(item, wire[key], begin)
+    for name in record.required:
+        if name not in value:
+            findings.problems.append(f"{prefix}{name}: missing")
+        elif value[name] == [] and record.by_name[name].kind == "id":
+            findings.problems.append(f"{prefix}{name}: is empty")
+    if record.has_times:
+        check_order_of_times(wire, prefix, findings)
+    if record is MEASUREMENT:
+        check_lengths(wire, prefix, findings)
     return wire
 
 
-def check_field(field, value, path, problems):
+ANYTHING = Field("anything", "any")
+SCALAR = Field("scalar", "scalar")
+
+
+def begin_of(value, begin):
+    """The begin of a record with times, in epoch seconds: its own, or that of the run around it."""
     try:
-        if not field.fields:
-            return check_value(field, value)
-        must(isinstance(value, dict), "must be a JSON object")
-        return check_record(field.fields, value, path, problems)
-    except (ValueError, OverflowError, OSError) as error:
-        problems.append(f"{path}: {error}")
+        own = local_reading(value["started_at"], parse_time(value["started_at"]), begin)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        return begin
+    return epoch(own)
+
+
+def check_order_of_times(wire, prefix, findings):
+    start = epoch(wire.get("started_at"))
+    end = epoch(wire.get("ended_at"))
+    if start is not None and end is not None and end < start:
+        findings.problems.append(f"{prefix}ended_at: is before started_at")
+
+
+def check_lengths(measurement, prefix, findings):
+    """A series has a value of y for each of x."""
+    count = data_length(measurement.get("x_axis"))
+    if count is None:
+        return
+    axes = measurement.get("y_axis")
+    if not isinstance(axes, list):
+        return
+    for number, axis in enumerate(axes):
+        length = data_length(axis)
+        if length not in (None, count):
+            findings.problems.append(f"{prefix}y_axis[{number}].data: has {length} values, "
+                                     f"x_axis has {count}")
+
+
+def data_length(axis):
+    """How many values an axis has, or None for what is none."""
+    data = axis.get("data") if isinstance(axis, dict) else None
+    return len(data) if isinstance(data, list) else None
+
+
+def check_list(field, items, path, findings, begin=None):
+    if not isinstance(items, (list, tuple)):
+        findings.problems.append(f"{path}: must be a list")
+        return items
+    if field.kind == "number" and all_finite(items):
+        return list(items)
+    return [check_one(field, item, f"{path}[{number}]", findings, begin)
+            for number, item in enumerate(items)]
+
+
+def all_finite(items):
+    """Whether all are numbers of JSON. For long series: without a function call for each."""
+    types = set(map(type, items))
+    return types <= {int, float} and all(map(math.isfinite, items))
+
+
+def check_one(field, value, path, findings, begin=None):
+    if field.record:
+        if isinstance(value, dict):
+            return check_record(field.record, value, path, findings, begin)
+        findings.problems.append(f"{path}: must be a JSON object")
         return value
+    try:
+        wire = field.check(value, field)
+    except (ValueError, OverflowError) as error:
+        findings.problems.append(f"{path}: {error}")
+        return value
+    if field.kind == "metadata":
+        return check_keys(wire, path, findings)
+    return wire
+
+
+def local_reading(written, wire, begin):
+    """A local time in its second reading where the first would lie before the begin of the run.
+
+    In the hour that autumn has twice, a time without an offset has two readings.
+    """
+    first = epoch(wire)
+    if begin is None or first is None or first >= begin or not isinstance(written, str):
+        return wire
+    second = parse_time(written, fold=1)
+    return second if epoch(second) >= begin else wire
+
+
+def check_keys(value, path, findings):
+    """Metadata as it goes over the wire; each problem names its key."""
+    if len(value) > 50:
+        findings.problems.append(f"{path}: has {len(value)} keys, the server takes 50")
+    wire = {}
+    for key, item in value.items():
+        name = f"{path}.{printable(key, 60)}"
+        if isinstance(item, datetime.datetime):
+            item = to_json(item)
+        wire[key] = item
+        text = str(key)
+        if len(text) > 40 or not re.fullmatch(_IDENTIFIER, text):
+            findings.problems.append(f"{name}: a key has 1 to 40 letters, digits and _ . : + -")
+        if item is not None:
+            check_one(SCALAR, item, name, findings)
+        if isinstance(item, str) and len(item) > 50000:
+            findings.problems.append(f"{name}: is longer than 50,000 characters")
+    return wire
 
 
 def check_create(body, problems):
-    """The rules of a create that reach over several fields."""
+    """The rules of a create that reach over several fields, for a body that is right in each."""
     for name, needed in (("slot_key", "execution_id"), ("slot_name", "slot_key")):
         if body.get(name) and not body.get(needed):
             problems.append(f"{name}: needs {needed}")
     if "operated_by" in body and not body["operated_by"].strip():
         problems.append("operated_by: is empty")
-    if None in list(body.get("metadata", {}).values()):
-        problems.append("metadata: null deletes a key, and a new run has none")
-    paths = [row["path"] for row in body.get("sequences") or ()]
-    for number, path in enumerate(paths):
-        parent = path.rpartition("/")[0]
-        if path in paths[:number]:
-            problems.append(f"sequences[{number}].path: {path} stands twice")
+    for name in ("metadata", "unit_metadata"):
+        for key, item in body.get(name, {}).items():
+            if item is None:
+                problems.append(f"{name}.{key}: null deletes a key, and a new run has none")
+    check_sequences(body, problems)
+    for number, row in enumerate(body.get("secrets", ())):
+        if "value" in row:
+            problems.append(f"secrets[{number}].value: never send the value of a secret")
+
+
+def check_sequences(body, problems):
+    """Each path stands once, its parent stands there too, and phases name paths that are there."""
+    paths = set()
+    for number, row in enumerate(body.get("sequences") or ()):
+        path = row["path"]
+        if path in paths:
+            problems.append(f"sequences[{number}].path: {path} is given twice")
+        paths.add(path)
+    for number, row in enumerate(body.get("sequences") or ()):
+        parent = row["path"].rpartition("/")[0]
         if parent and parent not in paths:
             problems.append(f"sequences[{number}].path: its parent {parent} is missing")
-    problems += [f"phases[{number}].sequence_path: is no path of sequences"
-                 for number, row in enumerate(body.get("phases", ()))
-                 if row.get("sequence_path") is not None and row["sequence_path"] not in paths]
-    problems += [f"secrets[{number}].value: never send the value of a secret"
-                 for number, row in enumerate(body.get("secrets", ())) if "value" in row]
+    for number, row in enumerate(body.get("phases", ())):
+        path = row.get("sequence_path")
+        if path is not None and path not in paths:
+            problems.append(f"phases[{number}].sequence_path: no sequence has the path {path}")
 
 
-def check(operation, values, flags=False):
-    """The values of an operation as they go over the wire; BadInput with all problems at once.
+def examine(operation, values):
+    """(the values as they go over the wire, Findings) of an operation."""
+    record = OPERATIONS[operation].record
+    findings = Findings(keeps_unknown=operation == "create")
+    given = {}
+    for key, value in values.items():
+        field = record.by_name.get(key)
+        alone = field is not None and field.many and isinstance(value, str)
+        given[key] = [value] if alone else value
+    wire = check_record(record, given, "", findings)
+    if operation == "create" and not findings.problems:
+        check_create(wire, findings.problems)
+    metadata = wire.get("metadata")
+    if operation == "list" and isinstance(metadata, dict) and len(metadata) > 5:
+        findings.problems.append("metadata: at most 5 keys can be asked for")
+    findings.problems.sort(key=is_nested)
+    return wire, findings
 
-    A problem is "path: why", such as phases[1].measurements[0].outcome; with `flags` a field of
-    the request itself is named by its flag.
-    """
-    known = {field.name: field for field in OPERATIONS[operation].fields}
-    values = {key: plain(value) for key, value in values.items()}
-    values = {key: [value] if isinstance(value, str) and known.get(key, _UNKNOWN).many else value
-              for key, value in values.items()}
-    problems = [f"{key}: there is no such field" for key in values
-                if key not in known and operation != "create"]
-    wire = check_record(OPERATIONS[operation].fields, values, "", problems)
-    if operation == "create" and not problems:
-        check_create(wire, problems)
-    if len(wire.get("metadata") or ()) > 5 and operation == "list":
-        problems.append("metadata: at most 5 keys can be asked for")
-    if flags:
-        def named(match):
-            whole = match.group(2) and known.get(match.group(1), _UNKNOWN).fields
-            return match.group() if whole else flag(match.group(1))
-        problems = [re.sub(r"^(\w+)(\[\d+\])?(?=: )", named, problem) for problem in problems]
-    if len(problems) == 1:
-        raise BadInput(problems[0], "nothing was sent; correct the value")
-    if problems:
-        raise BadInput(f"{len(problems)} problems in the input, nothing was sent", issues=problems)
+
+def is_nested(problem):
+    """Whether a problem is not of a field of the request itself."""
+    return not re.match(r"\w+: ", problem)
+
+
+def check(operation, values):
+    """The values of an operation as they go over the wire; BadInput with all problems at once."""
+    wire, findings = examine(operation, values)
+    if findings.problems:
+        raise problems_error(findings.problems)
     return wire
+
+
+def problems_error(problems):
+    """The BadInput that tells some problems."""
+    if len(problems) == 1:
+        return BadInput(problems[0])
+    return BadInput(f"{len(problems)} problems in the input, nothing was sent", issues=problems)
+
+
+def named_by_flags(problems, record):
+    """The problems with a field of the request itself named by its flag.
+
+    >>> named_by_flags(["serial_number: missing", "phases[0].name: missing"], CREATE)
+    ['--serial-number: missing', 'phases[0].name: missing']
+    """
+    def flag_of(match):
+        field = record.by_name.get(match.group(1))
+        inside_json = match.group(2) and (field is None or field.kind in JSON_KINDS)
+        return match.group() if field is None or inside_json else flag_name(match.group(1))
+    return [re.sub(r"^(\w+)(\[\d+\])?(?=: )", flag_of, problem) for problem in problems]
 
 
 def run_ref(body):
@@ -707,132 +1595,559 @@ def run_ref(body):
     >>> run_ref({"started_at": "2026-05-19T10:00:00+02:00"})[:16]
     'd5088dd6c3b9ff9c'
     """
-    def normal(value, field):
-        if isinstance(value, list):
-            return [normal(item, field) for item in value]
-        if isinstance(value, dict):
-            known = {each.name: each for each in field.fields}
-            return {key: normal(item, known.get(key, _UNKNOWN)) for key, item in value.items()}
-        return instant(value) if value and field.kind == "time" else value
     content = {key: item for key, item in body.items() if key != "client_run_ref"}
-    content = normal(content, OPERATIONS["create"])
-    return digest([json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")])
+    content = with_utc_times(content, CREATE)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return sha256_of([text.encode("ascii")])
+
+
+def with_utc_times(value, record):
+    """The JSON object with each time of its table in UTC; what is no time stays as written."""
+    if not isinstance(value, dict) or not record.has_times:
+        return value
+    found = {}
+    for key, item in value.items():
+        field = record.by_name.get(key)
+        if field is None:
+            found[key] = item
+        elif field.kind == "time":
+            found[key] = item if epoch(item) is None else utc_text(item)
+        elif field.record and isinstance(item, list):
+            found[key] = [with_utc_times(part, field.record) for part in item]
+        else:
+            found[key] = item
+    return found
+
+
+def with_ref(body):
+    """The checked body of a create with its client_run_ref, made from the content if not given."""
+    if body.get("client_run_ref"):
+        return body
+    return dict(body, client_run_ref=run_ref(body))
+
+
+# All that can stand in a run, as an example that a server takes as it is.
+EXAMPLE_RUN = {
+    "outcome": "FAIL",
+    "procedure_id": "proc_abc",
+    "procedure_version": "1.2.3",
+    "serial_number": "SN-0002",
+    "part_number": "PCB01",
+    "revision_number": "B",
+    "batch_number": "2026-W20",
+    "sub_units": ["PSU-0001"],
+    "started_at": "2026-05-19T08:10:00+02:00",
+    "ended_at": "2026-05-19T08:11:35+02:00",
+    "operated_by": "Ada",
+    "docstring": "second try",
+    "metadata": {"shift": "A", "temp": 23.4},
+    "phases": [
+        {
+            "name": "power_up",
+            "outcome": "PASS",
+            "started_at": "2026-05-19T08:10:00+02:00",
+            "ended_at": "2026-05-19T08:10:12+02:00",
+            "measurements": [
+                {
+                    "name": "vcc",
+                    "outcome": "PASS",
+                    "measured_value": 3.31,
+                    "units": "V",
+                    "validators": [
+                        {
+                            "operator": ">=",
+                            "expected_value": 3.1,
+                            "outcome": "PASS",
+                        },
+                        {
+                            "operator": "<=",
+                            "expected_value": 3.4,
+                            "outcome": "PASS",
+                        },
+                    ],
+                },
+                {
+                    "name": "firmware",
+                    "outcome": "PASS",
+                    "measured_value": "1.4.0",
+                    "validators": [
+                        {
+                            "operator": "==",
+                            "expected_value": "1.4.0",
+                            "outcome": "PASS",
+                        },
+                    ],
+                },
+                {
+                    "name": "led_on",
+                    "outcome": "PASS",
+                    "measured_value": True,
+                },
+            ],
+        },
+        {
+            "name": "rf_power",
+            "outcome": "FAIL",
+            "started_at": "2026-05-19T08:10:12+02:00",
+            "ended_at": "2026-05-19T08:11:30+02:00",
+            "retry_count": 0,
+            "measurements": [
+                {
+                    "name": "tx_power",
+                    "outcome": "FAIL",
+                    "measured_value": 17.1,
+                    "units": "dBm",
+                    "validators": [
+                        {
+                            "operator": ">=",
+                            "expected_value": 18.0,
+                            "outcome": "FAIL",
+                        },
+                    ],
+                },
+                {
+                    "name": "gain",
+                    "outcome": "UNSET",
+                    "x_axis": {
+                        "name": "frequency",
+                        "units": "Hz",
+                        "data": [1000, 2000, 4000],
+                    },
+                    "y_axis": [
+                        {
+                            "name": "gain",
+                            "units": "dB",
+                            "data": [0.1, 0.0, -0.4],
+                        },
+                    ],
+                },
+            ],
+        },
+    ],
+    "logs": [
+        {
+            "level": "WARNING",
+            "timestamp": "2026-05-19T08:10:20+02:00",
+            "message": "tx power below its limit",
+            "source_file": "rf.py",
+            "line_number": 42,
+        },
+    ],
+}
 
 
 # ---- login ---------------------------------------------------------------------------------------
 
-Login = collections.namedtuple("Login", "url key source slug")
+# url: the server in force; key: its API key or None; source: where the key comes from; slug: the
+# organization's, for links to runs; ca_cert: a path or None.
+Login = collections.namedtuple("Login", "url key source slug ca_cert")
 
 
 def home():
     """The TofuPilot folder: TOFUPILOT_HOME, else ~/.tofupilot (on Windows below USERPROFILE)."""
-    user = os.name == "nt" and os.environ.get("USERPROFILE") or os.path.expanduser("~")
-    return os.path.abspath(os.environ.get("TOFUPILOT_HOME") or os.path.join(user, ".tofupilot"))
+    folder = os.environ.get("TOFUPILOT_HOME")
+    if not folder:
+        user = os.path.expanduser("~")
+        if ON_WINDOWS and os.environ.get("USERPROFILE"):
+            user = os.environ["USERPROFILE"]
+        if user.startswith("~"):
+            raise BadInput("this user has no home folder",
+                           set_variable("TOFUPILOT_HOME", "FOLDER") + " names another place")
+        folder = os.path.join(user, ".tofupilot")
+    return os.path.abspath(folder)
+
+
+def environment(name):
+    """An environment variable without the quotes that cmd's set leaves around it, or None."""
+    value = os.environ.get(name, "").strip()
+    return without_quotes(value) or None
+
+
+def without_quotes(text):
+    """A text without the quotes around it."""
+    first, last = text[:1], text[-1:]
+    if len(text) > 1 and first == last and first in "\"'":
+        return text[1:-1]
+    return text
+
+
+def set_variable(name, value):
+    """The shell's line that sets a variable, for hints."""
+    command = "set" if ON_WINDOWS else "export"
+    return f"{command} {name}={value}"
+
+
+def is_this_machine(host):
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host or ""))
 
 
 def check_url(raw, allow_http, what):
-    """The parts of an https URL (http where allowed); ValueError for all else, before its use."""
+    """The parts of an https URL (http where allowed); ValueError for all else, before its use.
+
+    Plain http is for this machine alone, or with `allow_http`.
+    """
     from urllib.parse import urlsplit
-    must(isinstance(raw, str) and re.fullmatch(r"[!-\[\]-~]+", raw),
-         f"{what} holds spaces or other characters that no URL has")
+    require(isinstance(raw, str) and raw, f"{what} is empty")
+    require(re.fullmatch(r"[!-\[\]-~]+", raw),
+            f"{what} has spaces or other characters that a URL cannot have")
     parts = urlsplit(raw)
-    must(parts.scheme in ("https", "http") and parts.hostname, f"{what} must begin with https://")
-    must("@" not in parts.netloc, f"{what} must not hold a user name or password")
-    must(parts.port != 0, f"{what} has no such port")      # and raises where it is no number
-    here = parts.hostname in ("localhost", "127.0.0.1", "::1")
-    must(parts.scheme == "https" or allow_http or here,
-         f"{what} is plain http: others can read the key on the way.\n"
-         "Use https, or --allow-http where the network is trusted")
+    require("@" not in parts.netloc, f"{what} must not hold a user name or password")
+    require(parts.scheme in ("https", "http") and parts.hostname,
+            f"{what} must begin with https://")
+    require(parts.port != 0, f"{what} has no such port")    # and raises where it is no number
+    if parts.scheme == "http" and not is_this_machine(parts.hostname):
+        require(allow_http, f"{what} is plain http: others can read what is sent.\n"
+                "Use https, or --allow-http where the network is trusted")
     return parts
 
 
 def parse_origin(text, allow_http=False, what="--url"):
     """https://host[:port] of a server's address, with or without /api at its end.
 
-    >>> parse_origin("https://tofupilot.example.com/api/")
+    In lower case and without the default port, so that two spellings of one server are equal.
+
+    >>> parse_origin("https://TofuPilot.example.com:443/api/")
     'https://tofupilot.example.com'
     """
     try:
         parts = check_url(text, allow_http, what)
-        must(parts.path.rstrip("/") in ("", "/api") and not parts.query + parts.fragment,
-             f"{what} must be the address of the server alone, such as {CLOUD}")
+        path = parts.path.rstrip("/")
+        is_alone = path in ("", "/api") and not parts.query + parts.fragment
+        require(is_alone, f"{what} must be the address of the server alone")
     except ValueError as error:
         raise BadInput(str(error), f"give an address such as {CLOUD}") from None
-    return f"{parts.scheme}://{parts.netloc}"
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    default_port = {"https": 443, "http": 80}[parts.scheme]
+    if parts.port in (None, default_port):
+        return f"{parts.scheme}://{host}"
+    return f"{parts.scheme}://{host}:{parts.port}"
+
+
+def server_name(text):
+    """The spelling of a server's address by which two are compared; an odd one as it is."""
+    try:
+        return parse_origin(text, allow_http=True)
+    except BadInput:
+        return text.lower()
 
 
 def read_credentials(warn):
-    """(path, fields) of the first credentials file that has a key, or (None, {})."""
+    """(path, fields) of the first credentials file that has a key, or (None, {}).
+
+    AccessDenied for one that cannot be read.
+    """
     for name in ("credentials.json", "station.json"):
-        path = os.path.join(home(), name)
         try:
+            path = os.path.join(home(), name)
             with open(path, "rb") as file:
-                state = os.fstat(file.fileno())
-                found = load_json(file.read(ERROR_LIMIT))
-            must(isinstance(found, dict) and isinstance(found.get("api_key", ""), str),
-                 "it is not a JSON object with a text api_key")
-        except (FileNotFoundError, NotADirectoryError):
+                warn_of_readers(path, os.fstat(file.fileno()), warn)
+                found = load_json(decode_text(file.read(ERROR_LIMIT)))
+            require(isinstance(found, dict) and isinstance(found.get("api_key", ""), str),
+                    "it is not a JSON object with a text api_key")
+        except (BadInput, FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
             raise AccessDenied(f"cannot use {path}: {error}",
                                "repair or remove the file, or log in again") from None
-        if os.name != "nt" and (state.st_mode & 0o077 or state.st_uid not in (0, os.getuid())):
-            warn(f"{path} can be read by others, or is theirs: chmod 600 it")
         if found.get("api_key"):
             return path, found
     return None, {}
 
 
+def warn_of_readers(path, state, warn):
+    """Warns of a key file that other users can read, or own. Windows has no such modes."""
+    if not ON_WINDOWS and is_open_to_others(state):
+        warn(f"{path} can be read by other users: chmod 600 it")
+
+
+def is_open_to_others(state):
+    return bool(state.st_mode & 0o077) or state.st_uid not in (0, os.getuid())
+
+
 def find_login(url=None, api_key=None, source="api_key", allow_http=False, warn=print):
     """Which server, and the key for it: argument, environment, credentials file, in this order.
 
-    A key from a credentials file goes to that file's base_url or to a URL named by its owner.
+    A key from a credentials file goes to that file's base_url, or to a URL that was named
+    explicitly. BadInput for a URL that cannot be used, AccessDenied for a key that cannot.
     """
-    if api_key is None and os.environ.get("TOFUPILOT_API_KEY"):
-        api_key, source = os.environ["TOFUPILOT_API_KEY"], "environment TOFUPILOT_API_KEY"
-    named = url or os.environ.get("TOFUPILOT_URL")
-    origin = named and parse_origin(named, allow_http, "--url" if url else "TOFUPILOT_URL")
-    path, found = read_credentials(warn) if api_key is None or not origin else (None, {})
-    theirs = found.get("base_url")
-    if theirs or path and not origin:       # a key whose server is not known goes nowhere
-        theirs = parse_origin(str(theirs).rstrip("/"), allow_http, f"base_url in {path}")
+    if api_key is None and environment("TOFUPILOT_API_KEY"):
+        api_key = environment("TOFUPILOT_API_KEY")
+        source = "environment TOFUPILOT_API_KEY"
+    origin = named_origin(url, allow_http)
+    try:
+        path, found = read_credentials(warn)
+    except AccessDenied as error:
+        if api_key is None or origin is None:
+            raise
+        warn(error.text)
+        path, found = None, {}
+    base_url = found.get("base_url")
+    if base_url or path and not origin:     # a key without its server goes nowhere
+        written = str(base_url).rstrip("/")
+        base_url = parse_origin(written, allow_http, f"base_url in {path}")
     if api_key is None and path:
-        api_key, source = found["api_key"], path
+        api_key = found["api_key"]
+        source = path
     if api_key is not None:
-        api_key = str(api_key).strip()
-        if not re.fullmatch("[!-~]{8,512}", api_key):
-            raise AccessDenied(f"what {source} holds is no API key ({len(api_key)} characters)",
-                               "copy the key again: 8 to 512 letters, digits, signs; no spaces")
-    slug = found.get("organization_slug") if theirs == (origin or theirs) else None
-    return Login(origin or theirs or CLOUD, api_key, source, slug)
+        api_key = check_key(api_key, source)
+    slug = None
+    if base_url and origin in (None, base_url):
+        slug = found.get("organization_slug")
+    ca_cert = found.get("ca_cert")
+    if not isinstance(ca_cert, str):
+        ca_cert = None
+    return Login(origin or base_url or CLOUD, api_key, source, slug, ca_cert)
+
+
+def check_key(key, source):
+    key = without_quotes(str(key).strip())
+    if not re.fullmatch("[!-~]{8,512}", key):
+        reason = f"it has {len(key)} characters, a key has 8 to 512"
+        if re.search(r"\s", key):
+            reason = "it has a space or a line end"
+        elif not re.fullmatch("[!-~]*", key):
+            reason = "it has a character that no key has"
+        raise AccessDenied(f"{source} is not an API key: {reason}", "copy the key again")
+    return key
+
+
+def named_origin(url, allow_http):
+    """The server that --url or TOFUPILOT_URL names, or None."""
+    if url is not None:
+        return parse_origin(url, allow_http)
+    variable = environment("TOFUPILOT_URL")
+    return parse_origin(variable, allow_http, "TOFUPILOT_URL") if variable else None
+
+
+def named_server(url, allow_http, warn):
+    """The server that an entry of the queue is for, or None where none was named.
+
+    Named is one by --url, TOFUPILOT_URL or the credentials file. The name is kept, not judged: what
+    is wrong with it is a warning, and is told again when the run is sent.
+    """
+    written = url or environment("TOFUPILOT_URL")
+    if written is None:
+        try:
+            written = read_credentials(warn)[1].get("base_url")
+        except AccessDenied as error:
+            warn(error.text)
+    if not isinstance(written, str) or not written.strip():
+        return None
+    try:
+        parse_origin(written.strip().rstrip("/"), allow_http)
+    except BadInput as error:
+        warn(error.text)
+    return server_name(written.strip().rstrip("/"))
+
+
+def no_key():
+    """The AccessDenied for a command without an API key."""
+    folder = os.environ.get("TOFUPILOT_HOME") or os.path.join("~", ".tofupilot")
+    elsewhere = "cron does not see your shell's variables: use --api-key-file there"
+    if ON_WINDOWS:
+        elsewhere = "the Task Scheduler does not see them: use --api-key-file there"
+    return AccessDenied("no API key. Looked at TOFUPILOT_API_KEY, --api-key-file,\n"
+                        f"{os.path.join(folder, 'credentials.json')} and station.json.",
+                        f"{set_variable('TOFUPILOT_API_KEY', '<key>')}\n{elsewhere}")
 
 
 # ---- transport -----------------------------------------------------------------------------------
 
+# headers: a dict with names in lower case; data: the body, empty where a sink took it.
 Answer = collections.namedtuple("Answer", "status headers data")
+
+
+def start_thread(work, *args):
+    """Runs work(*args) in a thread of its own. Returns a function that waits for its result.
+
+    wait() returns what work returned, or raises what it raised; wait(seconds) gives up after that
+    and returns None. It waits in short steps, as Windows lets no Ctrl-C into a long one.
+    """
+    import threading
+    outcome = {}
+
+    def run():
+        try:
+            outcome["result"] = work(*args)
+        except BaseException as error:
+            outcome["error"] = error
+
+    def wait(seconds=math.inf):
+        until = time.monotonic() + seconds
+        while thread.is_alive() and time.monotonic() < until:
+            thread.join(min(0.2, until - time.monotonic()))
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome.get("result")
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return wait
+
+
+class Exchange:
+    """One request to a server, and how far it came.
+
+    `stage` is "connecting", then "sent"; or "reused" on a kept connection, until something came
+    back. `late`: its time was over before it was.
+    """
+
+    def __init__(self, method, url, content, sink, timeout, budget, before_send):
+        self.method = method
+        self.url = url
+        self.content = content
+        self.sink = sink
+        self.timeout = timeout
+        self.budget = budget
+        self.before_send = before_send
+        self.deadline = time.monotonic() + budget
+        self.stage = "connecting"
+        self.sock = None
+        self.late = False
+
+    def connect(self, address, *_):
+        """A socket to one of the addresses of a host, for http.client.
+
+        All of them together get the time of the exchange: many dead ones cannot multiply it.
+        """
+        import socket
+        failure = socket.timeout()
+        for family, kind, protocol, _, where in socket.getaddrinfo(
+                *address, type=socket.SOCK_STREAM):
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                break
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(min(CONNECT_TIMEOUT, self.timeout, left))
+                sock.connect(where)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                self.sock = sock
+                return sock
+        raise failure
+
+    def break_off(self):
+        """Ends all waits of the exchange: no time-out of a socket sees a slow drip."""
+        import socket
+        with contextlib.suppress(TypeError, OSError):   # not connected yet, or gone already
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def time_is_over(self):
+        self.late = True
+        self.break_off()
 
 
 class Transport:
     """Exchanges with the API and the storage; raises Unavailable where there is no answer.
 
-    It handles http and https for urllib.request, which closes a connection after each request:
-    here one is kept per host and proxy. No redirect is followed: there is no handler for them.
+    It is a handler for urllib.request, which closes a connection after each request: here one is
+    kept for each host and proxy. No redirect is followed: there is no handler for them. Whatever a
+    peer says has its secrets masked before anybody sees it.
     """
+    is_dry_run = False
 
-    def __init__(self, timeout, ca_cert, trace):
-        self.timeout, self.ca_cert, self.trace = timeout, ca_cert, trace
-        self.opener = self.context = self.watchdog = None
-        self.kept = {}          # connections, by scheme, host and tunnel
-        self.clocks = None      # (the server's time, ours) at the last answer, if it told its time
+    def __init__(self, timeout=30, ca_cert=None, trace=None):
+        self.timeout = timeout
+        self.ca_cert = ca_cert
+        self.trace = trace
+        self.context = None
+        self.openers = {}           # by proxy
+        self.pool = {}              # kept connections, by scheme, host and tunnel
+        self.pid = os.getpid()
+        self.secrets = {}           # what must not be shown: what stands in its place
+        self.server_clock = None    # (the server's time, ours) at the last answer that told it
+        self.was_overloaded = False     # whether a server answered 429 or 503
 
     def close(self):
-        while self.kept:
-            self.kept.popitem()[1].close()
-        if self.watchdog:
-            self.watchdog.ended.set()
-            self.watchdog = None
+        """Closes the kept connections."""
+        while self.pool:
+            self.pool.popitem()[1].close()
+
+    def hide(self, secret, word):
+        """From now on shows a word in place of a secret, in each form a peer may give it."""
+        from urllib.parse import quote
+        in_json = json.dumps(secret)[1:-1]
+        in_url = quote(secret, safe="")
+        for form in (secret, in_json, in_url):
+            self.secrets[form] = word
+
+    def mask(self, text):
+        """The text without the secrets."""
+        for secret, word in self.secrets.items():
+            text = text.replace(secret, word)
+        return text
+
+    def mask_body(self, data):
+        """The body of an answer without the secrets, in whatever spelling of JSON they stand."""
+        for secret, word in self.secrets.items():
+            data = data.replace(secret.encode("utf-8"), word.encode("utf-8"))
+        if b"\\" not in data and b"\0" not in data:    # no escapes, no UTF-16
+            return data
+        try:
+            text = json.dumps(load_json(data), ensure_ascii=False)
+        except ValueError:
+            return data
+        if self.mask(text) == text:
+            return data
+        return self.mask(text).encode("utf-8", "backslashreplace")
+
+    def proxy_for(self, parts):
+        """The proxy for a URL, or None. Its password is known as a secret from now on."""
+        from urllib.request import getproxies, proxy_bypass
+        from urllib.parse import quote, unquote
+        if is_this_machine(parts.hostname) or proxy_bypass(parts.hostname):
+            return None
+        proxy = getproxies().get(parts.scheme)
+        if not proxy:
+            return None
+        if proxy.lower().startswith("socks"):
+            error = Unavailable(f"the proxy {without_login(proxy)} is a SOCKS proxy, which is not "
+                                "supported", "name an http proxy in "
+                                f"{parts.scheme.upper()}_PROXY, or none")
+            error.maybe_sent = error.retryable = False
+            raise error
+        before = proxy.rpartition("@")[0]
+        if not before:
+            return proxy
+        login = before.partition("://")[2] or before
+        user, _, password = login.partition(":")
+        self.hide_proxy_login(user, password)
+        # urllib cannot read a password that has a / or # as it is.
+        user = quote(unquote(user), safe="")
+        password = quote(unquote(password), safe="")
+        scheme, _, host = without_login(proxy).rpartition("://")
+        return f"{scheme or 'http'}://{user}:{password}@{host}"
+
+    def hide_proxy_login(self, user, password):
+        """Hides what a proxy's address holds, and how it goes to the proxy."""
+        import base64
+        from urllib.parse import unquote
+        login = f"{user}:{password}"
+        plain = unquote(login)
+        header = base64.b64encode(plain.encode("utf-8")).decode("ascii")
+        for secret in (login, plain, header):
+            self.hide(secret, "(login)")
+        if len(password) > 3:
+            self.hide(password, "(password)")
+            self.hide(unquote(password), "(password)")
+
+    def opener_for(self, parts):
+        """What opens a URL: through its proxy, with the connections that are kept here."""
+        import urllib.request
+        proxy = self.proxy_for(parts)
+        if proxy not in self.openers:
+            kept = urllib.request.BaseHandler()
+            kept.http_open = kept.https_open = self.http_open
+            opener = urllib.request.OpenerDirector()
+            opener.add_handler(urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {}))
+            opener.add_handler(kept)
+            self.openers[proxy] = opener
+        return self.openers[proxy]
 
     def make_context(self):
+        """TLS 1.2 or newer, the system's certificates and the private CA."""
         import ssl
         os.environ.pop("SSLKEYLOGFILE", None)     # it would write the keys of the session down
         context = ssl.create_default_context()
@@ -844,136 +2159,271 @@ class Transport:
             try:
                 context.load_verify_locations(self.ca_cert)
             except OSError as error:
-                raise BadInput(f"--ca-cert {self.ca_cert}: {error.strerror or error}",
+                raise BadInput(f"cannot use the CA file {self.ca_cert}: "
+                               f"{error.strerror or 'it holds no certificate'}",
                                "name a file of certificates in PEM form") from None
-            # 3.13 wants a form that older private CAs do not have; elsewhere it is not set
+            # Since 3.13 a certificate must have a form that older private CAs lack.
             context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
         return context
 
-    def new_connection(self, request, proxy_login):
+    def new_connection(self, request, proxy_headers):
         import http.client
-        import socket
-
-        def connect(*args):     # known to the watchdog before the proxy has answered
-            self.watchdog.sock = socket.create_connection(*args)
-            return self.watchdog.sock
         if request.type == "https":
-            self.context = self.context or self.make_context()
+            try:
+                self.context = self.context or self.make_context()
+            except ImportError:
+                error = Unavailable("this Python has no ssl module: it cannot speak https",
+                                    "use a Python that has it; check shows which one this is")
+                error.maybe_sent = error.retryable = False
+                raise error from None
             connection = http.client.HTTPSConnection(request.host, context=self.context)
         else:
             connection = http.client.HTTPConnection(request.host)
-        connection.timeout = min(CONNECT, request.timeout)
-        connection._create_connection = connect
+        connection.timeout = min(CONNECT_TIMEOUT, request.timeout)
+        connection._create_connection = request.exchange.connect
         if request._tunnel_host:
-            connection.set_tunnel(request._tunnel_host, headers=proxy_login)
+            connection.set_tunnel(request._tunnel_host, headers=proxy_headers)
         return connection
 
     def http_open(self, request):
-        """The Answer, for urllib.request; `request.stage` tells how far it came."""
-        headers, proxy_login = dict(request.header_items()), {}
+        """The Answer to a request, for urllib.request."""
+        exchange = request.exchange
+        headers = dict(request.header_items())
+        proxy_headers = {}
         if request._tunnel_host and "Proxy-authorization" in headers:
-            proxy_login["Proxy-Authorization"] = headers.pop("Proxy-authorization")
-        where = (request.type, request.host, request._tunnel_host)
-        connection = self.kept.pop(where, None)
-        request.stage = "kept" if connection else "connecting"
-        connection = connection or self.new_connection(request, proxy_login)
+            proxy_headers["Proxy-Authorization"] = headers.pop("Proxy-authorization")
+        if self.pid != os.getpid():     # after a fork: these connections are the parent's
+            self.pool = {}
+            self.pid = os.getpid()
+        key = (request.type, request.host, request._tunnel_host)
+        connection = self.pool.pop(key, None)
+        if connection:
+            exchange.stage = "reused"
+        else:
+            connection = self.new_connection(request, proxy_headers)
         try:
-            if request.stage == "connecting":
-                connection.connect()
-                connection.sock.settimeout(request.timeout)
-                request.stage = "sent"
-            self.watchdog.sock = connection.sock
-            try:
-                connection.request(request.get_method(), request.selector, request.content, headers)
-            except (BrokenPipeError, ConnectionResetError):
-                if request.stage == "kept" or not request.content:
-                    raise       # else a storage may have refused before it read it all: listen
-            with connection.getresponse() as response:
-                request.stage = "sent"      # something came back: the kept one was alive
-                answer = self.read(request, response)
+            answer, keep = self.exchange_on(connection, exchange, request, headers)
         except BaseException:
             connection.close()
             raise
-        if not response.will_close:
-            self.kept[where] = connection
+        if keep:
+            self.pool[key] = connection
+        else:
+            connection.close()
         return answer
 
-    def read(self, request, response):
-        """The Answer of a response; the request's sink takes the body of a 200, in blocks."""
-        url, status = request.full_url, response.status
+    def exchange_on(self, connection, exchange, request, headers):
+        """(the Answer, whether the connection can be kept)."""
+        if exchange.stage == "connecting":
+            connection.connect()
+        exchange.sock = connection.sock
+        exchange.sock.settimeout(request.timeout)
+        if exchange.before_send:
+            exchange.before_send()
+        if exchange.stage == "connecting":
+            exchange.stage = "sent"
+        content = exchange.content
+        if callable(content):
+            content = content()
+        try:
+            connection.request(exchange.method, request.selector, content, headers)
+        except (BrokenPipeError, ConnectionResetError, ConnectionAbortedError):
+            # A server may refuse a body before it has read it all: listen to what it says.
+            if exchange.stage == "reused" or not content:
+                raise
+        finally:
+            if callable(exchange.content):
+                content.close()
+        with connection.getresponse() as response:
+            exchange.stage = "sent"     # something came back: the kept connection is alive
+            answer = self.read(exchange, response)
+        return answer, not response.will_close
+
+    def read(self, exchange, response):
+        """The Answer of a response; the exchange's sink takes the body of a 200, in blocks."""
+        status = response.status
+        host = exchange.url.split("/")[2]
         if response.getheader("Content-Encoding", "identity").lower() != "identity":
-            raise not_the_api(url, status, "an encoding not asked for")
+            raise not_the_api(host, status, "an encoding not asked for")
+        sink = exchange.sink if status == 200 else None
         limit = ANSWER_LIMIT if status < 300 else ERROR_LIMIT
-        pieces, size, sink = [], 0, request.sink if status == 200 else None
-        # in blocks: before 3.12 read(n) takes n bytes of memory at once
+        pieces, size = [], 0
+        # In blocks: before 3.12 read(n) takes n bytes of memory at once.
         for block in iter(lambda: response.read(BLOCK), b""):
             size += len(block)
-            if not sink and size > limit:
-                raise not_the_api(url, status, f"more than {limit >> 10} KiB")
-            try:
-                (sink or pieces.append)(block)
-            except OSError as error:    # the disk's, not the network's
-                raise Error(f"cannot write: {error}", "make room, or check the path") from None
-        if response.length or self.watchdog.late:       # a cut body raises nothing
+            if sink:
+                sink(block)
+            elif size > limit:
+                raise not_the_api(host, status, f"more than {limit >> 10} KiB")
+            else:
+                pieces.append(block)
+        if response.length or exchange.late:    # a body that is cut short raises nothing
             raise EOFError
-        theirs = http_date(response.getheader("Date"))
-        self.clocks = theirs and (theirs, time.time())
-        return Answer(status, response.headers, b"".join(pieces))
+        headers = {name.lower(): self.mask(value) for name, value in response.getheaders()}
+        server_time = http_date(headers.get("date"))
+        self.server_clock = (server_time, time.time()) if server_time else None
+        self.was_overloaded = self.was_overloaded or status in (429, 503)
+        return Answer(status, headers, self.mask_body(b"".join(pieces)))
 
-    def exchange(self, method, url, headers, content=None, budget=None, sink=None):
-        """The answer to one request. `content` is None, bytes, or a function that makes an
-        iterator of it; `sink` takes the blocks of a 200's body. `budget`: seconds for all of it."""
+    def exchange(self, method, url, headers, content=None, budget=None, sink=None,
+                 before_send=None):
+        """The Answer to one request.
+
+        `content` is None, bytes, or a function that makes a generator of blocks; `sink` takes the
+        blocks of a 200's body; `before_send` is called once a connection stands, right before the
+        first byte goes out. `budget`: seconds for all of it, connecting included.
+        """
+        import threading
         import urllib.request
-        if self.opener is None:
-            ours = urllib.request.BaseHandler()
-            ours.http_open = ours.https_open = self.http_open
-            self.opener = urllib.request.OpenerDirector()
-            self.opener.add_handler(urllib.request.ProxyHandler())
-            self.opener.add_handler(ours)
-        self.watchdog = self.watchdog or Watchdog()
+        from urllib.parse import urlsplit
+        opener = self.opener_for(urlsplit(url))
+        exchange = Exchange(method, url, content, sink, self.timeout,
+                            budget or 1.5 * self.timeout, before_send)
         request = urllib.request.Request(url, headers=headers, method=method)
-        request.content = content() if callable(content) else content
-        request.stage, request.sink = "connecting", sink
-        request.budget = budget or 1.5 * self.timeout
-        self.watchdog.start(request.budget)
-        started, result = time.monotonic(), None
+        request.exchange = exchange
+        seconds = min(exchange.budget, threading.TIMEOUT_MAX)
+        timer = threading.Timer(seconds, exchange.time_is_over)
+        timer.daemon = True
+        started, outcome = time.monotonic(), None
         try:
-            answer = self.opener.open(request, timeout=self.timeout)
-            result = answer.status
+            timer.start()
+            answer = interruptible(exchange, opener.open, request, None, self.timeout)
+            outcome = answer.status
             return answer
+        except Error as error:
+            outcome = type(error).__name__
+            raise
+        except RuntimeError as error:   # no thread can be started: nothing was sent
+            outcome = "no thread"
+            failure = Unavailable(f"this machine cannot do more at the same time: {error}",
+                                  RETRY_HINT)
+            failure.maybe_sent = failure.retryable = False
+            raise failure from None
         except Exception as error:      # http.client, ssl and socket have no common ancestor
-            result = type(error).__name__
-            if isinstance(error, Error):
-                raise
-            raise no_answer(request, error, self.watchdog.late) from None
+            outcome = type(error).__name__
+            raise self.connection_error(exchange, error) from None
         finally:
-            self.watchdog.until = math.inf
-            if callable(content):
-                request.content.close()
+            timer.cancel()
             if self.trace:
-                path, took = url.split("?")[0], 1000 * (time.monotonic() - started)
-                shows = shown(url if path.endswith("/v2/runs") else path)
-                self.trace(f"{method} {shows} {result} {took:.0f} ms")
+                took = 1000 * (time.monotonic() - started)
+                shown = self.mask(shown_url(url))
+                self.trace(f"{method} {shown} {outcome} {took:.0f} ms")
+
+    def connection_error(self, exchange, error):
+        """The Unavailable for an exchange that got no answer: what, why, what to do."""
+        from urllib.parse import urlsplit
+        parts = urlsplit(exchange.url)
+        reason, hint, retryable = self.reason_of(exchange, error)
+        reason = self.mask(reason)
+        if exchange.stage == "connecting":
+            found = Unavailable(f"cannot reach {parts.netloc}: {reason}", hint, reason=reason)
+            found.with_note(f"proxy: {without_login(self.proxy_for(parts) or 'none')}")
+            found.maybe_sent = False
+        else:
+            found = Unavailable(f"no answer from {parts.netloc}: {reason}", RETRY_HINT,
+                                reason=reason)
+        found.retryable = retryable
+        found.reused = exchange.stage == "reused" and not exchange.late
+        return found
+
+    def reason_of(self, exchange, error):
+        """(why an exchange failed, what to do about it, whether another try may help)."""
+        import socket
+        later = "nothing was sent; run the same command again later"
+        if exchange.late:
+            return f"no complete answer within {exchange.budget:.0f} s", later, True
+        text = str(error)
+        name = type(error).__name__
+        if "CERTIFICATE_VERIFY" in text or name == "CertificateError":
+            reason = ("its certificate cannot be verified\n"
+                      + (getattr(error, "verify_message", "") or text))
+            if re.search("(?i)hostname|doesn't match|IP address mismatch", reason):
+                return reason, "name the server in --url as its certificate does", False
+            clock = time.strftime("%Y-%m-%d %H:%M")
+            return reason, ("--ca-cert FILE (or TOFUPILOT_CA_CERT) adds a private CA. This "
+                            f"machine's clock\nsays {clock}: if that is wrong, set it first"), False
+        if name == "SSLError" and re.search(
+                "(?i)wrong.version|record.layer|packet.length|http.request|unknown.protocol", text):
+            return "it does not speak https but something else, such as plain http", (
+                "check the port; begin --url with http:// if the server has no https"), False
+        if isinstance(error, socket.gaierror):
+            return "name not found (DNS)", later, True
+        if isinstance(error, socket.timeout):
+            return f"no answer within {exchange.timeout:g} s", later, True
+        if name in ("EOFError", "IncompleteRead"):
+            return "the answer was cut short", later, True
+        return (getattr(error, "strerror", None) or text or name)[:200], later, True
 
 
-class Watchdog:
-    """Ends an exchange that takes too long: no time-out of a socket sees a slow drip."""
+class DryRun:
+    """Stands in for a Transport: keeps each request to be printed, and sends nothing."""
+    is_dry_run = True
+    server_clock = None
+    was_overloaded = False
+    ca_cert = None
 
     def __init__(self):
-        import threading
-        self.until, self.sock, self.late, self.ended = math.inf, None, False, threading.Event()
-        threading.Thread(target=self.run, daemon=True).start()
+        self.requests = []      # {"method", "url", "body"}
 
-    def start(self, seconds):
-        self.sock, self.late, self.until = None, False, time.monotonic() + seconds
+    def hide(self, secret, word):
+        """There is no peer that could say it back."""
 
-    def run(self):
-        import socket
-        while not self.ended.wait(0.1):
-            if time.monotonic() > self.until:
-                self.late = True
-                with contextlib.suppress(TypeError, OSError):   # not connected yet, or gone already
-                    socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+    def mask(self, text):
+        return text
+
+    def close(self):
+        """There is nothing to close."""
+
+    def exchange(self, method, url, headers, content=None, budget=None, sink=None,
+                 before_send=None):
+        body = None
+        if content and not callable(content):       # else a file
+            body = json.loads(content.decode("ascii"))
+        self.requests.append({"method": method, "url": url, "body": body})
+        answer = {
+            "id": [] if method == "DELETE" else "ID",
+            "upload_url": "https://storage/URL",
+            "url": "https://storage/URL",
+            "type": "user",
+            "data": [],
+            "meta": {},
+        }
+        return Answer(200, {"content-type": "application/json"},
+                      dump_json(answer).encode("ascii"))
+
+
+def interruptible(exchange, work, *args):
+    """work(*args), so that Ctrl-C can end its waits.
+
+    Windows does not let Ctrl-C into a wait for a socket: there the wait is in a thread.
+    """
+    if not ON_WINDOWS:
+        return work(*args)
+    wait = start_thread(work, *args)
+    try:
+        return wait()
+    except KeyboardInterrupt:
+        exchange.break_off()
+        raise
+
+
+def shown_url(url):
+    """A URL for a log: without the host, and without the query of the storage's signed URLs."""
+    path, _, query = url.split("/", 3)[3].partition("?")
+    if query and path.endswith("/v2/runs"):
+        return printable(f"/{path}?{query}")
+    return printable("/" + path)
+
+
+def without_login(proxy):
+    """A proxy's address without the user name and password in it.
+
+    >>> without_login("http://user:p@ss@proxy:8080"), without_login("user:secret@proxy:9")
+    ('http://proxy:8080', 'proxy:9')
+    """
+    scheme, slashes, rest = proxy.rpartition("://")
+    host = rest.rpartition("@")[2]
+    return scheme + slashes + host
 
 
 def http_date(text):
@@ -983,434 +2433,140 @@ def http_date(text):
         return mktime_tz(parsedate_tz(text))
 
 
-def no_answer(request, error, late):
-    """The Unavailable for an exchange that got no answer: what, why, what to do."""
-    import socket
-    from urllib.parse import urlsplit
-    parts, again = urlsplit(request.full_url), True
-    hint = "nothing was sent; run the same command again later"
-    if late:
-        why = f"no complete answer within {request.budget:.0f} s"
-    elif "CERTIFICATE_VERIFY" in str(error) or type(error).__name__ == "CertificateError":
-        why = f"its certificate cannot be verified\n{getattr(error, 'verify_message', '') or error}"
-        hint = ("--ca-cert FILE (or TOFUPILOT_CA_CERT) adds a private CA. This machine's clock\n"
-                f"says {time.strftime('%Y-%m-%d %H:%M')}: if that is wrong, set it first")
-        if re.search("(?i)hostname|doesn't match|IP address mismatch", why):
-            hint = "name the server in --url as its certificate does"
-        again = False
-    elif isinstance(error, socket.gaierror):
-        why = "name not found (DNS)"
-    elif isinstance(error, socket.timeout):
-        why = f"no answer within {request.timeout:g} s"
-    elif type(error).__name__ in ("EOFError", "IncompleteRead"):
-        why = "the answer was cut short"
-    else:
-        why = (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
-    found = Unavailable(f"no answer from {parts.netloc}: {why}", AGAIN)
-    if request.stage == "connecting":
-        proxy = proxy_of(parts.scheme)
-        found = Unavailable(f"cannot reach {parts.netloc}: {why}\nproxy: {proxy}", hint)
-        found.sent = False
-    found.again, found.stale = again, request.stage == "kept" and not late
-    return found
-
-
-def proxy_of(scheme):
-    """The proxy in force, without its password, or none."""
-    from urllib.request import getproxies
-    return re.sub("//[^/@]*@", "//", getproxies().get(scheme, "none"))
-
-
-def not_the_api(url, status, what):
-    return NotTheAPI(f"{url.split('/')[2]} did not answer as the API does ({status}): {what}",
+def not_the_api(host, status, what):
+    return NotTheAPI(f"{host} did not answer as the API does ({status}): {what}",
                      "is --url right? A login page or a proxy may answer in its place", status)
 
 
-def redirected_to(answer):
+def redirect_target(answer):
     """Where a redirect points to, without what is secret in it."""
-    return str(answer.headers.get("Location", "")).split("?")[0][:200]
+    return answer.headers.get("location", "").split("?")[0][:200]
 
 
 def retry_after(answer):
     """Seconds that the server asks to wait, or None. At most an hour."""
-    text = (answer.headers.get("Retry-After") or "").strip()
+    text = answer.headers.get("retry-after", "").strip()
     if re.fullmatch("[0-9]{1,9}", text):
-        return min(int(text), LONGEST_WAIT)
+        return min(int(text), MAX_DELAY)
     until = http_date(text)
-    wait = until and until - (http_date(answer.headers.get("Date")) or time.time())
-    return wait and min(max(wait, 0), LONGEST_WAIT)
+    if until is None:
+        return None
+    now = http_date(answer.headers.get("date")) or time.time()
+    return min(max(until - now, 0), MAX_DELAY)
 
 
 def delay(tries, unit, asked=None):
-    """Seconds to wait after so many tries: random, so that many stations do not come at once."""
+    """Seconds to wait after so many tries: random, so that many stations do not come at once.
+
+    Up to unit × 2^tries, or from `asked` on if the server asks for a time; at most an hour.
+    """
     import random
+    doubled = 2 ** min(tries, 12)
     if asked is not None:
-        return min(LONGEST_WAIT, asked + random.uniform(0, max(asked, 2 ** min(tries, 12))))
-    return random.uniform(0, min(LONGEST_WAIT, unit * 2 ** min(tries, 12)))
+        return min(MAX_DELAY, asked + random.uniform(0, max(asked, doubled)))
+    return random.uniform(0, min(MAX_DELAY, unit * doubled))
 
 
-def read_answer(answer, url, keys):
+def read_answer(answer, host, keys=()):
     """The JSON object of an answer, or the error that it tells. `keys`: of texts it must hold."""
-    status, found = answer.status, None
-    kind = (answer.headers.get("Content-Type") or "").split(";")[0].strip().lower()
+    status = answer.status
     if 300 <= status < 400:
-        raise not_the_api(url, status, f"a redirect to {redirected_to(answer)}, not followed")
+        raise not_the_api(host, status, f"a redirect to {redirect_target(answer)}, not followed")
+    content_type_given = answer.headers.get("content-type", "")
+    kind = content_type_given.partition(";")[0].strip().lower()
+    found = None
     if kind == "application/json" or kind.endswith("+json"):
         with contextlib.suppress(ValueError):
             found = load_json(answer.data)
-    found = found if isinstance(found, dict) else {}
-    if status < 300:
-        if found and all(isinstance(found.get(key), str) and found[key] for key in keys.split()):
-            return found
-        said = answer.data[:60].decode("utf-8", "replace")
-        raise not_the_api(url, status, f"{kind or 'no type'}, {said!r}" if said else "empty")
-    said = found.get("message") or found.get("error_description") or found.get("error") or (
-        status == 414 and "the address is too long: ask for fewer values at a time")
-    if not said and status < 500:
-        raise not_the_api(url, status, f"an error of type {kind or 'unknown'}")
-    kind, hint = {
-        401: (AccessDenied, "check the key, and that --url is the right server"),
-        403: (AccessDenied, "a station key reaches the procedures linked to its station"),
-        404: (NotFound, "")}.get(status) or (
-            Refused, "correct the data; sending it again unchanged cannot work")
-    if status in (408, 425, 429) or status >= 500:
-        kind, hint = Unavailable, AGAIN
+    if not isinstance(found, dict):
+        found = {}
+    if status >= 300:
+        raise error_of(answer, found, host, kind)
+    texts = [found.get(key) for key in keys]
+    has_texts = all(isinstance(text, str) and text for text in texts)
+    if found and has_texts:
+        return found
+    beginning = answer.data[:60].decode("utf-8", "replace")
+    what = f"{kind or 'no type'}, {beginning!r}" if beginning else "empty"
+    raise not_the_api(host, status, what)
+
+
+BELIEVED = (408, 413, 425, 429)     # by their status alone: load balancers send no JSON
+
+
+def error_of(answer, found, host, kind):
+    """The error that an answer of status 4xx or 5xx tells. `found`: the JSON object in it."""
+    status = answer.status
+    reason = found.get("message") or found.get("error_description") or found.get("error")
+    if not reason and status == 414:
+        reason = "the address is too long: ask for fewer values at a time"
+    believed = status in BELIEVED or status >= 500
+    if not reason and not believed:
+        return not_the_api(host, status, f"an error of type {kind or 'unknown'}")
+    if status >= 500 or believed and status != 413:
+        error_type, hint = Unavailable, RETRY_HINT
+    elif status == 401:
+        error_type, hint = AccessDenied, "check the key, and that --url is the right server"
+    elif status == 403:
+        error_type, hint = AccessDenied, ("a station key reaches the procedures that are linked "
+                                          "to its station")
+    elif status == 404:
+        error_type, hint = NotFound, ""
+    elif status == 413:
+        error_type, hint = Refused, "send less in one run, or ask for a higher limit"
+        reason = reason or "the request is too large"
+    else:
+        error_type, hint = Refused, "correct the data; sending it again unchanged cannot work"
+    reason = printable(reason or "no reason given", 500)
     code = found.get("code") if isinstance(found.get("code"), str) else None
-    error = kind(f"the server answered {status}: {shown(said or 'no reason', 500)}", hint, status,
-                 code, [issue_text(issue) for issue in dicts(found.get("issues"))])
+    issues = [issue_text(issue) for issue in only_dicts(found.get("issues"))]
+    error = error_type(f"the server answered {status}: {reason}", hint, status, code, issues,
+                       reason)
     error.retry_after = retry_after(answer)
-    raise error
+    return error
 
 
 def issue_text(issue):
     """path: message, of a problem that the server found."""
     path = issue.get("path") if isinstance(issue.get("path"), list) else []
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return (f"{where.lstrip('.')}: " if where else "") + str(issue.get("message"))
+    where = ""
+    for part in path:
+        where += f"[{part}]" if isinstance(part, int) else f".{part}"
+    message = str(issue.get("message"))
+    return f"{where.lstrip('.')}: {message}" if where else message
 
 
-# ---- client --------------------------------------------------------------------------------------
-
-class Client:
-    """The operations on runs, with the names and arguments of the official SDK.
-
-        client = Client()       # server, key and CA as on the command line
-        client.create(outcome="PASS", procedure_id="proc_abc", serial_number="SN-1",
-                      started_at=datetime, ended_at=datetime)  ->  {"id": "..."}
-
-    Times are datetimes (local if naive) or text, JSON is plain dicts and lists, answers are the
-    server's own dicts. Raises BadInput, AccessDenied, NotFound, Refused or Unavailable. `notify`
-    is called with a line of text for each wait, `trace` for each request; `plan(method, url,
-    body)`, if given, stands in for sending. Not for several threads at a time.
-    """
-
-    def __init__(self, url=None, api_key=None, ca_cert=None, timeout=30, retries=3,
-                 allow_http=False, source="api_key", notify=None, trace=None, plan=None):
-        self.notify, self.retries, self.plan = notify or (lambda text: None), retries, plan
-        self.named = {"url": url, "api_key": api_key, "source": source, "allow_http": allow_http}
-        self.transport = Transport(timeout, ca_cert or os.environ.get("TOFUPILOT_CA_CERT"), trace)
-        self.found = None
-        self.waits = None       # seconds waited, where all requests share one patience
-
-    def close(self):
-        """Closes the kept connections."""
-        self.transport.close()
-
-    @property
-    def login(self):
-        self.found = self.found or find_login(warn=self.notify, **self.named)
-        return self.found
-
-    def list(self, **filters):
-        """One page: {"data": [run, ...], "meta": {"has_more", "next_cursor"}}."""
-        return self.call("list", filters)
-
-    def iterate(self, limit=None, page_size=100, **filters):
-        """Runs, page after page over one connection; all of them, or `limit`."""
-        for rows, _ in self.pages(limit, page_size, **filters):
-            yield from rows
-
-    def pages(self, limit=None, page_size=100, **filters):
-        """(rows, meta) of each page. A run that slipped to the next page is not given twice.
-
-        An error has `cursor`, where to go on.
-        """
-        filters, recent = check("list", filters), collections.deque(maxlen=10)
-        cursor = filters.get("cursor")
-        while True:
-            filters["limit"] = min(page_size, limit or page_size)
-            try:
-                rows, meta = read_page(self.call("list", filters), cursor)
-            except Error as error:
-                error.cursor = cursor
-                raise
-            known = set().union(*recent)
-            fresh = [row for row in rows if str(row.get("id", id(row))) not in known]
-            recent.append({str(row.get("id")) for row in rows})
-            yield fresh, meta
-            cursor = filters["cursor"] = meta.get("next_cursor")
-            limit = limit and limit - len(fresh)
-            if not meta.get("has_more") or limit == 0:
-                return
-
-    def get(self, id):
-        """The whole run."""
-        return self.call("get", {"id": id})
-
-    def create(self, **fields):
-        """Creates a run once: {"id"}. The same content again gives the same run."""
-        return self.send_create(with_ref(check("create", fields)))
-
-    def update(self, id, **attachments):
-        """Links uploads (attachments=[ID, ...]) to a run: {"id"}."""
-        return self.call("update", dict(attachments, id=id))
-
-    def update_metadata(self, id, metadata):
-        """Sets keys, deletes those that are null, keeps the others: {"id"}."""
-        return self.call("update_metadata", {"id": id, "metadata": metadata})
-
-    def create_attachment(self, id, name):
-        """An empty attachment on the run, and where to PUT its bytes: {"id", "upload_url"}."""
-        return self.call("create_attachment", {"id": id, "name": name})
-
-    def initialize(self, name):
-        """An upload that no run has yet: {"id", "upload_url"}."""
-        return self.call("initialize", {"name": name})
-
-    def finalize(self, id):
-        """Tells the server that the bytes are there: {"url"}."""
-        return self.call("finalize", {"id": id})
-
-    def whoami(self):
-        """Whose key this is."""
-        return self.call("whoami", {})
-
-    def delete(self, ids):
-        """Deletes runs, 100 a request: {"id": [those that are gone]}. NotFound if none was."""
-        ids, gone, missing = check("delete", {"ids": ids})["ids"], [], None
-        for start in range(0, len(ids), 100):
-            part = ids[start:start + 100]
-            try:
-                answer = self.call("delete", {"ids": part})
-                if not isinstance(answer.get("id"), list):
-                    raise not_the_api(self.login.url, 200, "no list of IDs")
-                gone += answer["id"]
-            except Error as error:
-                if error.status != 404:
-                    if gone or isinstance(error, NotFound):
-                        error.message += f"\n{len(gone)} of {counted(len(ids), 'run')} were deleted"
-                    raise
-                missing = error
-                if error.unsure:        # the try without an answer deleted them
-                    gone += part
-        if missing and not gone:
-            raise missing
-        return {"id": gone}
-
-    def call(self, operation, values):
-        """The values checked, sent and answered."""
-        wire = check(operation, values)
-        try:
-            return self.perform(lambda: self.send(operation, wire),
-                                repeatable=operation != "create_attachment")
-        except (NotFound, Refused) as error:
-            id, said = wire.get("id"), error.message.partition(": ")[2]
-            wrong = error.status == 400 and error.issues and re.match(
-                r"ids?(?:\[(\d+)\])?: ", error.issues[0])
-            if wrong and operation == "delete":     # the server looks at the form of an ID first
-                id = wire["ids"][int(wrong.group(1) or 0)]
-            if not id or not (wrong or isinstance(error, NotFound)):
-                raise
-            kind = "upload" if operation == "finalize" else "run"
-            length = f"this ID has {len(id)} characters, IDs have 36: " if len(id) != 36 else ""
-            raise NotFound(f"no {kind} {shown(id, 80)} ({error.status}): {said}",
-                           length + "copy the whole ID; ls -q prints bare IDs", error.status,
-                           error.code, error.issues) from None
-
-    def send(self, operation, wire):
-        """One exchange with the API: the JSON object of its answer."""
-        from urllib.parse import quote, urlencode
-        method, path, _, answer_keys = OPERATIONS[operation]
-        rest, body, content, url = dict(wire), None, None, f"{self.login.url}/api{path}"
-        if "{id}" in path:
-            url = url.replace("{id}", quote(rest.pop("id"), safe=""))
-        if method in ("POST", "PATCH") and operation != "finalize":     # that has no body at all
-            body, content = rest, dump_json(rest).encode("ascii")
-        elif rest:
-            url += "?" + urlencode([(key, item if isinstance(item, str) else dump_json(item))
-                                    for key, value in rest.items()
-                                    for item in (value if isinstance(value, list) else [value])])
-        if self.plan:
-            return self.plan(method, url, body)
-        if not self.login.key:
-            raise no_key()
-        headers = {"Authorization": "Bearer " + self.login.key, "Accept": "application/json",
-                   "User-Agent": f"tofupilot_runs/{__version__} Python/{sys.version.split()[0]}"}
-        if content:     # http.client tells its length
-            headers["Content-Type"] = "application/json"
-        answer = self.transport.exchange(method, url, headers, content)
-        data = answer.data.replace(self.login.key.encode("ascii"), b"(the key)")
-        answer = answer._replace(data=data)     # a server may say the key that it got
-        try:
-            return read_answer(answer, url, answer_keys)
-        except Error as error:      # in the target of a redirect too
-            error.message, *error.issues = [text.replace(self.login.key, "(the key)")
-                                            for text in [error.message] + error.issues]
-            if error.status == 401:
-                error.message = (
-                    f"the server refused the API key ending ...{self.login.key[-4:]} (401): "
-                    f"{error.message.partition(': ')[2]}\n"
-                    f"key from: {self.login.source}   server: {self.login.url}")
-            raise
-
-    def perform(self, once, repeatable=True, look=None):
-        """once() until it succeeds, fails for good, or patience is over.
-
-        `repeatable`: whether it may be sent once more after it may have arrived. `look` is called
-        before that: what it finds is the result, and nothing is sent again.
-        """
-        started, tries, unsure, free = time.monotonic(), 0, False, False
-        waits = [] if self.waits is None else self.waits
-        while True:
-            try:
-                return once()
-            except NotFound as error:
-                error.unsure = unsure and tries > 0
-                raise
-            except Unavailable as error:
-                # a kept connection was dead: that costs no try, the first time
-                free = error.stale and repeatable and not free
-                tries += not free
-                unsure = unsure or error.sent
-                wait = 0 if free else delay(tries, 1, error.retry_after)
-                may = error.again and (repeatable or not error.sent)
-                left = tries <= self.retries and sum(waits) + wait <= PATIENCE
-                if not free and not (may and left):
-                    if tries > 1:
-                        first, end, rest = error.message.partition("\n")
-                        first += f", {tries} tries in {time.monotonic() - started:.0f} s"
-                        error.message = first + end + rest
-                    error.sent = unsure
-                    raise
-                if wait:
-                    self.notify(f"{error.message.splitlines()[0]}; again in {wait:.1f} s")
-                time.sleep(wait)
-                waits.append(wait)
-            found = look and unsure and look()
-            if found:
-                return found
-
-    def send_create(self, body, first_try=None, taken=set):
-        """Creates the run of a checked body that has its client_run_ref: {"id"}.
-
-        `first_try`: when (time.time()) an earlier attempt may have arrived, None for never; then
-        it looks before it sends. `taken` gives the IDs of runs that are known to be others.
-        """
-        since = first_try or time.time()
-
-        def look():
-            try:
-                return self.find_created(body, since, taken)
-            except Error as error:
-                error.message = ("the run may be stored or not, and looking for it failed; it was "
-                                 "not sent again\n" + error.message)
-                error.sent = True
-                raise
-        found = look() if first_try else None
-        try:
-            return found or self.perform(lambda: self.send("create", body), look=look)
-        except Unavailable as error:
-            if error.sent and error.status is None and "may be stored" not in error.message:
-                error.message += "\nthe run may be stored or not"
-                error.hint = "run the same command again: it cannot make a second run"
-            raise
-
-    def find_created(self, body, since, taken):
-        """{"id"} of the run that an unanswered create of this body has made, or None.
-
-        For servers that do not know client_run_ref. All that a row shows must agree, and the run
-        must have been stored after the first try (the server's clock, 10 minutes of slack).
-        """
-        begin, _ = moment(body["started_at"])
-        around = [(begin + datetime.timedelta(seconds=off)).isoformat() for off in (-1, 2)]
-        for rows, _ in self.pages(
-                serial_numbers=[body["serial_number"]], procedure_ids=[body["procedure_id"]],
-                started_after=around[0], started_before=around[1], include_metadata=True):
-            theirs, ours = self.transport.clocks or (time.time(), time.time())
-            passed = ours - since
-            earliest = theirs - passed - 600 if passed >= 0 else 0      # our clock was set back
-            for row in rows:
-                if (same_run(row, body) and row.get("id") not in taken()
-                        and (epoch(row.get("created_at")) or theirs) >= earliest):
-                    return {"id": row["id"]}
-        return None
-
-
-def no_key():
-    return AccessDenied("no API key. Looked at TOFUPILOT_API_KEY, --api-key-file,\n"
-                        f"{os.path.join(home(), 'credentials.json')} and station.json.",
-                        "export TOFUPILOT_API_KEY=<key>; cron does not see your shell's\n"
-                        "variables: use --api-key-file there")
-
-
-def read_page(answer, cursor):
-    """(rows, meta) of a page that is of the right form and leads on."""
-    rows, meta = answer.get("data"), answer.get("meta")
-    if not isinstance(rows, list) or len(dicts(rows)) < len(rows) or not isinstance(meta, dict):
-        raise Unavailable("the server's page of runs is not {data, meta}", "is --url right?")
-    following = meta.get("next_cursor")
-    if meta.get("has_more") and not (isinstance(following, int) and following > (cursor or 0)):
-        raise Unavailable("the server says that more runs exist, but its cursor does not advance: "
-                          f"{shown(following, 40)}", "tell the server's administrator")
-    return rows, meta
-
-
-def with_ref(body):
-    """The checked body of a create with its client_run_ref, made from the content if not given."""
-    return body if body.get("client_run_ref") else dict(body, client_run_ref=run_ref(body))
-
-
-def same_run(row, body):
-    """Whether a row of ls can be the run that a create of this body made."""
-    paths = {"serial_number": "unit.serial_number", "procedure_id": "procedure.id",
-             "procedure_version": "procedure.version.tag", "part_number": "unit.part.number",
-             "revision_number": "unit.part.revision.number", "batch_number": "unit.batch.number"}
-    for field in [*paths, "outcome", "docstring", "execution_id", "slot_key", "slot_name"]:
-        sent, path = body.get(field) or "", paths.get(field, field)
-        given_by_server = not sent and path.startswith("unit.")
-        if not given_by_server and str(sent).lower() != str(dig(row, path) or "").lower():
-            return False
-    for field in ("started_at", "ended_at"):     # the server keeps milliseconds
-        if abs((epoch(row.get(field)) or 0) - epoch(body[field])) > 0.0011:
-            return False
-    operator = [str(dig(row, f"operated_by.{key}") or "").lower() for key in ("name", "email")]
-    sent = body.get("operated_by", "").lower()
-    return ((sent in operator if sent else not any(operator))
-            and (row.get("metadata") or {}) == body.get("metadata", {}))
-
-
-# ---- attaching -----------------------------------------------------------------------------------
-#
-# One way for create, create-attachment and the queue: POST /v2/attachments, PUT, finalize, and at
-# last one PATCH that links all. A file has name, size, blocks(), sha256(), and how far it has come:
-# upload_id and done; save() keeps that (the queue) or does nothing.
+# ---- files ---------------------------------------------------------------------------------------
 
 class LocalFile:
-    """A regular file that is to be attached. BadInput if it cannot be read or is no such file."""
+    """A regular file that is to be attached, with the bytes that it has now.
+
+    A file that grows meanwhile (a log) goes up with the size it had at the start. BadInput if it
+    cannot be read or is no regular file; `name` is its own unless given.
+    """
+    match_content = True    # whether a run's attachment of the same content is taken for it
 
     def __init__(self, path, name=None):
-        self.path, self.upload_id, self.done = path, None, False
-        self.name = name or os.fsencode(os.path.basename(path)).decode("utf-8", "replace")
+        self.path = path
+        own_name = os.fsencode(os.path.basename(path))
+        self.name = name or own_name.decode("utf-8", "replace")
+        self.upload_id = None
+        self.done = False       # whether its bytes are on the server
         with self.open() as file:
-            now = os.fstat(file.fileno())
-        self.size, self.changed = now.st_size, now.st_mtime_ns
+            self.size = os.fstat(file.fileno()).st_size
+            if self.size == 0 and file.read(1):
+                raise BadInput(f"{path} is a file of the system without a size",
+                               "copy its content to a file, and attach that")
 
     def open(self):
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
-            number = os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
-                             | getattr(os, "O_BINARY", 0))
-        except OSError as error:
-            raise BadInput(f"cannot read {self.path}: {error.strerror}",
+            if os.path.isdir(self.path):
+                raise BadInput(f"{self.path} is a folder", "name the files in it")
+            number = os.open(self.path, flags)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"cannot read {self.path}: {reason}",
                            "name a file that this user can read") from None
         if not stat.S_ISREG(os.fstat(number).st_mode):      # a FIFO would block for ever
             os.close(number)
@@ -1418,22 +2574,47 @@ class LocalFile:
         return open(number, "rb")
 
     def blocks(self):
-        """The content; BadInput if the file changes meanwhile."""
-        with self.open() as file:
-            left = self.size
-            for block in iter(lambda: file.read(min(BLOCK, left)), b""):
-                left -= len(block)
-                yield block
-            now = os.fstat(file.fileno())
-            if left or (now.st_size, now.st_mtime_ns) != (self.size, self.changed):
-                raise BadInput(f"{self.path} changed while it was read",
-                               "run the command again when nothing writes to it")
+        """The content, in blocks; StorageRefused if it is not to be had any more."""
+        try:
+            with self.open() as file:
+                left = self.size
+                while left:
+                    block = file.read(min(BLOCK, left))
+                    if not block:
+                        raise self.lost("it became shorter while it was read")
+                    left -= len(block)
+                    yield block
+        except OSError as error:
+            raise self.lost(error.strerror) from None
+        except BadInput as error:
+            raise self.lost(error.message) from None
+
+    def lost(self, reason):
+        error = StorageRefused(f"cannot read {self.path} to its end: {reason}",
+                               "run the command again when nothing changes the file")
+        error.retryable = False
+        return error
 
     def sha256(self):
-        return digest(self.blocks())
+        return sha256_of(self.blocks())
 
     def save(self):
         """Nothing: what has arrived is seen on the run."""
+
+
+class MemoryFile(LocalFile):
+    """Bytes that are to be attached under a name."""
+
+    def __init__(self, name, data):
+        self.path = self.name = name
+        self.data = data
+        self.upload_id = None
+        self.done = False
+        self.size = len(data)
+
+    def open(self):
+        import io
+        return io.BytesIO(self.data)
 
 
 def content_type(name):
@@ -1441,49 +2622,194 @@ def content_type(name):
     return mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
+def safe_name(name):
+    r"""A file name that stays in its folder on every system.
+
+    >>> safe_name("../a:b.txt"), safe_name("CON"), safe_name("NUL .x"), safe_name("..")
+    ('.._a_b.txt', '_CON', '_NUL .x', 'attachment')
+    """
+    encoding = sys.getfilesystemencoding()
+    name = str(name).encode(encoding, "replace").decode(encoding)
+    characters = []
+    for character in name:
+        is_safe = character.isprintable() and character not in '/\\:*?"<>|'
+        characters.append(character if is_safe else "_")
+    name = "".join(characters)
+    name = name.strip(" ").rstrip(". ")
+    stem, ending = os.path.splitext(name)
+    if len(os.fsencode(name)) > 200:    # file systems take 255 bytes; -2 and the like follow
+        ending = cut_bytes(ending, 20)
+        name = cut_bytes(stem, 180) + ending
+    if re.match(r"(?i)(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9\xb9\xb2\xb3]) *(\.|$)", name):
+        name = "_" + name
+    return name or "attachment"
+
+
+def cut_bytes(text, most):
+    """The beginning of a text that takes so many bytes in a file name at most."""
+    while len(os.fsencode(text)) > most:
+        text = text[:-1]
+    return text
+
+
+@contextlib.contextmanager
+def new_part(path):
+    """(the name, the open file) of a new file beside `path`; it is gone at the end.
+
+    It is made with a name that nobody can guess, so that no link planted there is followed.
+    """
+    part = f"{path}.{os.urandom(8).hex()}.part"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(part, flags, 0o666), "wb") as file:
+            yield part, file
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+
+
+def replace(source, target):
+    """os.replace; on Windows it waits until virus scanners leave the target."""
+    for number in range(10):
+        try:
+            return os.replace(source, target)
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in (5, 32, 33):
+                raise
+            if number == 9:
+                raise Error(f"cannot replace {target}: another program has it open",
+                            "close it there, or write to another file") from None
+            time.sleep(min(0.01 * 2 ** number, 0.64))
+
+
+def save_new(folder, name, write):
+    """Makes a file with write(file); a name that is taken gets -2, -3. Returns the path.
+
+    Error where the disk does not take it.
+    """
+    path = local_path(os.path.join(folder, safe_name(name)))
+    stem, ending = os.path.splitext(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with new_part(path) as (part, file):
+            write(file)
+            file.close()
+            for number in range(2, sys.maxsize):
+                with contextlib.suppress(FileExistsError):
+                    open(path, "xb").close()
+                    break
+                path = f"{stem}-{number}{ending}"
+            replace(part, path)
+    except OSError as error:
+        raise Error(f"cannot write {printable(path)}: {error.strerror or error}",
+                    "make room, or check the folder") from None
+    return path
+
+
+# Attaching. One way for create, create-attachment and the queue: POST /v2/attachments, PUT,
+# finalize, and at last one PATCH that links all. A file has name, size, blocks(), sha256(), and how
+# far it has come: upload_id and done; save() keeps that (the queue) or does nothing.
+
 def attach(client, run_id, files, progress=None):
     """Uploads the files that the run does not have and links them: those that were missing.
 
-    It never drops what others linked. `progress` is called with (file, bytes sent).
+    It never drops what others linked. Where a file fails, those that went up are linked all the
+    same, and its error is raised. `progress` is called with (file, bytes sent).
     """
-    def linked():
-        return [row for row in dicts(client.get(run_id).get("attachments"))
-                if isinstance(row.get("id"), str)]
-    rows = linked()
+    rows = attachments_of(client, run_id)
+    failure = bring_up_all(client, rows, files, progress)
+    try:
+        new = link_new(client, run_id, rows, files)
+    except NotFound:
+        rows = attachments_of(client, run_id)   # raises where the run itself is not there
+        forget_uploads(rows, files)
+        failure = bring_up_all(client, rows, files, progress)
+        new = link_new(client, run_id, rows, files)
+    if failure:
+        raise failure
+    return new
+
+
+def bring_up_all(client, rows, files, progress):
+    """Makes all files `done` that can be; returns the first error, or None."""
+    free_rows = list(rows)      # each row stands for one file
+    failure = None
+    for file in files:
+        try:
+            if not file.done:
+                bring_up(client, free_rows, file, progress)
+        except (Refused, StorageRefused) as error:
+            failure = failure or error
+        except Error as error:
+            return failure or error
+    return failure
+
+
+def link_new(client, run_id, rows, files):
+    """Links the uploads that are done and that the run does not have: those files."""
     ids = [row["id"] for row in rows]
-    for file in [file for file in files if not file.done]:
-        there = find_attached(client, rows, file)
-        if there:
-            rows.remove(there)
-            file.upload_id = there["id"]
-        else:
-            upload(client, file, progress)
-        file.done = True
-        file.save()
-    missing = [file for file in files if file.upload_id not in ids]
-    own = [file.upload_id for file in missing]
+    new = [file for file in files if file.done and file.upload_id not in ids]
+    own = [file.upload_id for file in new]
     if own:
         client.update(run_id, attachments=own)
-    # whether PATCH appends or replaces is not documented
-    if own and ids and not set(ids) <= {row["id"] for row in linked()}:
+    # Whether PATCH appends or replaces is not documented.
+    if not own or not ids:
+        return new
+    linked = {row["id"] for row in attachments_of(client, run_id)}
+    if not set(ids) <= linked:
         client.update(run_id, attachments=ids + own)
-    return missing
+    return new
+
+
+def forget_uploads(rows, files):
+    """Makes files go up again whose uploads the server forgot before they were linked."""
+    ids = [row["id"] for row in rows]
+    for file in files:
+        if file.upload_id not in ids:
+            file.upload_id = None
+            file.done = False
+            file.save()
+
+
+def attachments_of(client, run_id):
+    rows = only_dicts(client.get(run_id).get("attachments"))
+    return [row for row in rows if isinstance(row.get("id"), str)]
+
+
+def bring_up(client, rows, file, progress):
+    """Makes one file `done`: it is one of the rows of the run, or goes up now."""
+    there = find_attached(client, rows, file)
+    if there:
+        rows.remove(there)
+        file.upload_id = there["id"]
+    else:
+        upload(client, file, progress)
+    file.done = True
+    file.save()
 
 
 def find_attached(client, rows, file):
-    """The row of attachments that is this file: name, size, and the bytes if they can be had."""
+    """The row of attachments that is this file, or None.
+
+    Its upload's ID tells; for a local file its name, size, and bytes where they can be had.
+    """
     import hashlib
     for row in rows:
-        if row.get("name") == file.name and row.get("size") == file.size:
-            tries = []
+        if row["id"] == file.upload_id:
+            return row
+        is_alike = row.get("name") == file.name and row.get("size") == file.size
+        if not is_alike or not file.match_content:
+            continue
+        if not row.get("download_url"):
+            return row
+        digests = []
 
-            def begin():
-                tries.append(hashlib.sha256())
-                return tries[-1].update
-            if row.get("download_url"):
-                fetch(client, row, begin)
-            if not tries or tries[-1].hexdigest() == file.sha256():
-                return row
+        def begin():
+            digests.append(hashlib.sha256())
+            return digests[-1].update
+        fetch(client, row, begin)
+        if digests[-1].hexdigest() == file.sha256():
+            return row
     return None
 
 
@@ -1491,16 +2817,22 @@ def upload(client, file, progress):
     """Brings one file to the storage and finalizes it."""
     if file.upload_id:      # an earlier process came this far: had the bytes arrived?
         with contextlib.suppress(NotFound, Refused):
-            return client.finalize(file.upload_id)
-    for last in (False, True):
+            client.finalize(file.upload_id)
+            return
+    for is_last in (False, True):
         made = client.initialize(file.name)
         file.upload_id = made["id"]
         file.save()
         try:
             put(client, made["upload_url"], file, progress)
-            return client.finalize(file.upload_id)
-        except Unavailable as error:        # 4xx: the URL has expired; ask for another, once
-            if last or error.again or not 400 <= (error.status or 0) < 500:
+            client.finalize(file.upload_id)
+            return
+        except NotFound:        # a login portal took the bytes, or the server forgot the upload
+            if is_last:
+                raise storage_error(f"it lost the bytes of {file.name}") from None
+        except StorageRefused as error:     # 4xx: the URL has expired; ask for another, once
+            is_expired = 400 <= (error.status or 0) < 500 and not error.retryable
+            if is_last or not is_expired:
                 raise
 
 
@@ -1513,67 +2845,78 @@ def put(client, url, file, progress):
             sent += len(block)
             if progress:
                 progress(file, sent)
-    if client.plan:
-        return client.plan("PUT", url, None)
-    at_storage(client, "PUT", url, file.size, content=content if file.size else b"", headers={
-        "Content-Type": content_type(file.name), "Content-Length": str(file.size)})
+    headers = {"Content-Type": content_type(file.name), "Content-Length": str(file.size)}
+    at_storage(client, "PUT", url, file.name, file.size, headers, content if file.size else b"")
 
 
 def fetch(client, row, begin):
-    """Gets an attachment. `begin` gives, for each try, the function that takes its blocks."""
+    """Gets an attachment. `begin` gives, for each try, the function that takes its blocks.
+
+    StorageRefused where it is larger or smaller than the server says.
+    """
     size = row.get("size")
-    known = is_number(size) and 0 < size < 1 << 40
-    at_storage(client, "GET", row["download_url"], size if known else 1 << 30,
-               {"Accept": "*/*"}, begin=begin)
+    is_known = is_number(size) and 0 <= size < 1 << 40
+    name = printable(row.get("name"), 80)
+
+    def begin_counted():
+        take = begin()
+        received = [0]
+
+        def counted_take(block):
+            received[0] += len(block)
+            if is_known and received[0] > size:
+                raise wrong_size(name, size, "more")
+            take(block)
+        return counted_take, received
+
+    def attempt_is_whole(received):
+        if is_known and received[0] != size:
+            raise wrong_size(name, size, f"{received[0]}")
+    at_storage(client, "GET", row["download_url"], name, size if is_known else 1 << 30,
+               {"Accept": "*/*"}, begin=begin_counted, finish=attempt_is_whole)
 
 
-def at_storage(client, method, url, size, headers, content=None, begin=lambda: None):
-    """Exchanges a file with the storage; Unavailable where it does not do what it should."""
+def wrong_size(name, size, received):
+    return storage_error(f"{name} has {size} bytes on the server, {received} came; not saved")
+
+
+def at_storage(client, method, url, name, size, headers, content=None, begin=None, finish=None):
+    """Exchanges a file with the storage; StorageRefused where it does not do what it should."""
     until = time.monotonic() + UPLOAD_WINDOW
     try:
-        parts = check_url(url, True, "the server gave a URL for it that")
-        must(parts.scheme == "https" or client.login.url.startswith("http:"),
-             "the server gave a URL for it that is plain http")
+        host = check_url(url, client.allow_http, "the server gave a URL for it that").netloc
     except ValueError as error:
-        raise storage_error(str(error)) from None
+        raise storage_error(first_line(str(error))) from None
 
-    def once():
+    def attempt():
         if method == "PUT" and time.monotonic() > until:
             raise storage_error("its upload URL has expired", 403)
-        answer = client.transport.exchange(method, url, headers, content, 60 + size / 16384,
-                                           begin())
+        sink, received = begin() if begin else (None, None)
+        answer = client.transport.exchange(method, url, headers, content, 60 + size / 16384, sink)
         if answer.status != 200:
-            where = redirected_to(answer)
-            told = f", a redirect to {where}" if where else ""
-            error = storage_error(f"{parts.netloc} answered {answer.status}{told}",
-                                  answer.status)
-            error.retry_after = retry_after(answer)
-            raise error
-    client.perform(once)
+            raise storage_refusal(answer, host, name, size)
+        if finish:
+            finish(received)
+    client.perform(attempt)
 
 
-def storage_error(why, status=None):
-    error = Unavailable(f"the storage of the files: {why}",
-                        "run the same command again later: only what is missing goes up", status)
-    error.again = status in (408, 425, 429) or (status or 0) >= 500
+def storage_refusal(answer, host, name, size):
+    """The error for an answer of the storage that is not 200."""
+    if answer.status == 413 or b"EntityTooLarge" in answer.data:
+        return Refused(f"the storage does not take {name}: {size_text(size)} is too large "
+                       f"({answer.status})", "attach a smaller file, such as a compressed one", 413)
+    target = redirect_target(answer)
+    where = f", a redirect to {target}" if target else ""
+    error = storage_error(f"{host} answered {answer.status}{where}", answer.status)
+    error.retry_after = retry_after(answer)
     return error
 
 
-def safe_name(name):
-    r"""A file name that stays in its folder on every system.
-
-    >>> safe_name("../a:b.txt"), safe_name("CON"), safe_name("..")
-    ('.._a_b.txt', '_CON', 'attachment')
-    """
-    code = sys.getfilesystemencoding()      # what it cannot write becomes ?, as encode() has it
-    name = str(name).encode(code, "replace").decode(code)
-    name = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in name)
-    name = name.strip(" ").rstrip(". ")
-    if len(name) > 120:
-        stem, ending = os.path.splitext(name)
-        name = stem[:100] + ending[:16]
-    reserved = re.match(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\.|$)", name)
-    return ("_" if reserved else "") + name if name else "attachment"
+def storage_error(reason, status=None):
+    error = StorageRefused(f"the storage of the files: {reason}",
+                           "run the same command again later: only what is missing goes up", status)
+    error.retryable = status in (408, 425, 429) or (status or 0) >= 500
+    return error
 
 
 def download(client, row, folder):
@@ -1582,48 +2925,511 @@ def download(client, row, folder):
         def begin():
             file.seek(0)
             file.truncate()
-            return file.write
+            return lambda block: write_block(file, block)
         fetch(client, row, begin)
     return save_new(folder, row.get("name"), write)
 
 
-@contextlib.contextmanager
-def part_of(path):
-    """The name of a file beside `path`, which is gone at the end."""
-    part = f"{path}.{os.getpid()}.part"
+def write_block(file, block):
+    """Writes to a file; what fails is the disk's fault, not the network's."""
     try:
-        yield part
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        file.write(block)
+    except OSError as error:
+        raise Error(f"cannot write {printable(file.name)}: {error.strerror or error}",
+                    "make room, or check the folder") from None
 
 
-def save_new(folder, name, write):
-    """Makes a file with write(file); a name that is taken gets -2, -3. Returns the path."""
-    os.makedirs(folder, exist_ok=True)
-    path = local_path(os.path.join(folder, safe_name(name)))
-    stem, ending = os.path.splitext(path)
-    with part_of(path) as part:
-        with open(part, "xb") as file:
-            write(file)
-        for number in range(2, sys.maxsize):
-            with contextlib.suppress(FileExistsError):
-                open(path, "xb").close()
-                break
-            path = f"{stem}-{number}{ending}"
-        replace(part, path)
-    return path
+# ---- client --------------------------------------------------------------------------------------
 
+class Client:
+    """The operations on runs, with the names and arguments of the official SDK.
 
-def replace(source, target):
-    """os.replace; on Windows it waits for virus scanners, that look at the target, to leave."""
-    for number in range(10):
-        try:
-            return os.replace(source, target)
-        except PermissionError as error:
-            if getattr(error, "winerror", None) not in (5, 32, 33) or number == 9:
+        client = Client()       # server, key and CA as on the command line
+        client.create(outcome="PASS", procedure_id="proc_abc", serial_number="SN-1",
+                      started_at=datetime, ended_at=datetime)  ->  {"id": "..."}
+
+    Times are datetimes (local if naive) or text, JSON is plain dicts and lists, answers are the
+    server's own dicts. Raises BadInput, AccessDenied, NotFound, Refused or Unavailable. `timeout`:
+    seconds for each wait on the network; `retries`: tries after the first. `notify` is called with
+    a line of text for each wait, `trace` with one for each request. Not for several threads at a
+    time; after a fork it opens connections of its own.
+    """
+
+    def __init__(self, url: str = None, api_key: str = None, ca_cert: str = None,
+                 timeout: float = 30, retries: int = 3, allow_http: bool = False,
+                 source: str = "api_key", notify=None, trace=None, transport=None):
+        self.named = {"url": url, "api_key": api_key, "source": source, "allow_http": allow_http}
+        self.allow_http = allow_http
+        self.retries = retries
+        self.notify = notify or ignore
+        self.trace = trace
+        self.transport = transport or Transport(
+            timeout, ca_cert or environment("TOFUPILOT_CA_CERT"), trace)
+        self.found_login = None
+        self.waits = None       # seconds waited, where all requests share one limit
+        self.ref_is_known = None    # whether the server knows client_run_ref, once it was asked
+
+    def close(self) -> None:
+        """Closes the kept connections."""
+        self.transport.close()
+
+    def clone(self, retries=None):
+        """A Client for another thread: the same login, connections of its own."""
+        transport = Transport(self.transport.timeout, self.transport.ca_cert, self.trace)
+        other = Client(retries=self.retries if retries is None else retries,
+                       allow_http=self.allow_http, notify=self.notify, trace=self.trace,
+                       transport=transport)
+        other.found_login = self.login
+        other.transport.ca_cert = self.transport.ca_cert
+        other.transport.secrets = self.transport.secrets
+        other.waits = self.waits
+        other.ref_is_known = self.ref_is_known
+        return other
+
+    @property
+    def login(self):
+        """The Login, looked up once."""
+        if self.found_login is None:
+            login = find_login(warn=self.notify, **self.named)
+            self.transport.ca_cert = self.transport.ca_cert or login.ca_cert
+            if login.key:
+                self.transport.hide(login.key, "(the key)")
+            self.found_login = login
+        return self.found_login
+
+    def list(self, **filters) -> dict:
+        """One page: {"data": [run, ...], "meta": {"has_more", "next_cursor"}}."""
+        return self.call("list", filters)
+
+    def iterate(self, limit: int = None, page_size: int = 100, **filters):
+        """Runs, page after page; all of them, or `limit`."""
+        for rows, _ in self.pages(limit, page_size, **filters):
+            yield from rows
+
+    def pages(self, limit: int = None, page_size: int = 100, **filters):
+        """(rows, meta) of each page. A run that slipped to the next page is not given twice.
+
+        An error has `cursor`: where to go on.
+        """
+        filters = check("list", filters)
+        cursor = filters.pop("cursor", None)
+        recent = collections.deque(maxlen=10)
+        with contextlib.closing(PageReader(self, filters, page_size)) as reader:
+            while True:
+                try:
+                    rows, meta = reader.read(cursor, limit)
+                except Error as error:
+                    error.cursor = cursor
+                    raise
+                known = set().union(*recent)
+                fresh = [row for row in rows if str(row.get("id", id(row))) not in known]
+                recent.append({str(row.get("id")) for row in rows})
+                yield fresh, meta
+                cursor = meta.get("next_cursor")
+                limit = limit and limit - len(fresh)
+                if not meta.get("has_more") or limit == 0:
+                    return
+
+    def get(self, id: str) -> dict:
+        """The whole run."""
+        return self.call("get", {"id": id})
+
+    def create(self, **fields) -> dict:
+        """Creates a run once: {"id"}. The same content again gives the same run."""
+        return self.send_create(with_ref(check("create", fields)))
+
+    def attach(self, run_id: str, paths) -> list:
+        """Uploads files and links them to a run: [{"id", "name"}].
+
+        A file that the run has already, by its name, size and bytes, does not go up again.
+        """
+        files = [LocalFile(path) for path in paths]
+        attach(self, run_id, files)
+        return [{"id": file.upload_id, "name": file.name} for file in files]
+
+    def update(self, id: str, **attachments) -> dict:
+        """Links uploads (attachments=[ID, ...]) to a run: {"id"}."""
+        return self.call("update", dict(attachments, id=id))
+
+    def update_metadata(self, id: str, metadata: dict) -> dict:
+        """Sets keys, deletes those that are null, keeps the others: {"id"}."""
+        return self.call("update_metadata", {"id": id, "metadata": metadata})
+
+    def create_attachment(self, id: str, name: str) -> dict:
+        """An empty attachment on the run, and where to PUT its bytes: {"id", "upload_url"}."""
+        return self.call("create_attachment", {"id": id, "name": name})
+
+    def initialize(self, name: str) -> dict:
+        """An upload that no run has yet: {"id", "upload_url"}."""
+        return self.call("initialize", {"name": name})
+
+    def finalize(self, id: str) -> dict:
+        """Tells the server that the bytes are there: {"url"}."""
+        return self.call("finalize", {"id": id})
+
+    def whoami(self) -> dict:
+        """Whose key this is. NotFound where the server is older than API 2.22."""
+        return self.call("whoami", {})
+
+    def delete(self, ids) -> dict:
+        """Deletes runs, 100 a request: {"id": [those that are gone]}. NotFound if none was."""
+        ids = check("delete", {"ids": ids})["ids"]
+        gone, missing = [], None
+        for start in range(0, len(ids), 100):
+            part = ids[start:start + 100]
+            try:
+                answer = self.call("delete", {"ids": part})
+                if not isinstance(answer.get("id"), list):
+                    raise not_the_api(self.host, 200, "no list of IDs")
+                gone += answer["id"]
+            except NotFound as error:
+                if error.status != 404:
+                    raise error.with_note(deleted_text(gone, ids))
+                missing = error
+                if error.after_unanswered_try:
+                    gone += part
+            except Error as error:
+                if gone:
+                    error.with_note(deleted_text(gone, ids))
                 raise
-            time.sleep(min(0.01 * 2 ** number, 0.64))
+        if missing and not gone:
+            raise missing
+        return {"id": gone}
+
+    @property
+    def host(self):
+        return self.login.url.partition("://")[2]
+
+    def call(self, operation, values):
+        """The values checked, sent and answered."""
+        wire = check(operation, values)
+        try:
+            return self.perform(lambda: self.send(operation, wire),
+                                repeatable=operation != "create_attachment")
+        except (NotFound, Refused) as error:
+            not_found = no_such_id(operation, wire, error)
+            if not_found is None:
+                raise
+            raise not_found from None
+
+    def send(self, operation, wire, before_send=None):
+        """One exchange with the API: the JSON object of its answer."""
+        from urllib.parse import quote
+        how = OPERATIONS[operation]
+        rest = dict(wire)
+        url = f"{self.login.url}/api{how.path}"
+        if "{id}" in how.path:
+            url = url.replace("{id}", quote(rest.pop("id"), safe=""))
+        content = None
+        if operation == "finalize":
+            pass        # a POST without a body
+        elif how.method in ("POST", "PATCH"):
+            content = dump_json(rest).encode("ascii")
+        elif rest:
+            url += "?" + query_text(rest)
+        headers = {"Accept": "application/json",
+                   "User-Agent": f"tofupilot_runs/{__version__} Python/{sys.version.split()[0]}"}
+        if self.login.key:
+            headers["Authorization"] = "Bearer " + self.login.key
+        elif not self.transport.is_dry_run:
+            raise no_key()
+        if content:     # http.client adds its length
+            headers["Content-Type"] = "application/json"
+        answer = self.transport.exchange(how.method, url, headers, content,
+                                         before_send=before_send)
+        try:
+            return read_answer(answer, self.host, how.answer_keys)
+        except AccessDenied as error:
+            if error.status == 401:
+                error.message = (f"the server refused the API key ending ...{self.login.key[-4:]} "
+                                 f"(401): {error.reason}")
+                error.with_note(f"key from: {self.login.source}   server: {self.login.url}")
+            raise
+        except Refused as error:
+            if error.status == 413 and content:
+                error.with_note(f"this request has {size_text(len(content))}")
+            raise
+
+    def perform(self, attempt, repeatable=True, before_resend=None, retries=None):
+        """attempt() until it succeeds, fails for good, or the limit of waits is reached.
+
+        `repeatable`: whether it may be sent once more after it may have arrived. `before_resend` is
+        called before that: what it returns, if not None, is the result, and nothing is sent again.
+        """
+        retries = self.retries if retries is None else retries
+        waits = [] if self.waits is None else self.waits
+        started = time.monotonic()
+        tries, maybe_sent, free_retry = 0, False, False
+        while True:
+            try:
+                return attempt()
+            except NotFound as error:
+                error.after_unanswered_try = maybe_sent and tries > 0
+                raise
+            except Unavailable as error:
+                # A kept connection that had died costs no try, the first time.
+                free_retry = error.reused and repeatable and not free_retry
+                maybe_sent = maybe_sent or error.maybe_sent
+                wait = 0
+                if not free_retry:
+                    tries += 1
+                    wait = delay(tries, 1, error.retry_after)
+                    allowed = error.retryable and (repeatable or not error.maybe_sent)
+                    if not allowed or tries > retries or sum(waits) + wait > MAX_TOTAL_WAIT:
+                        if tries > 1:
+                            took = time.monotonic() - started
+                            error.message += f" ({tries} tries in {took:.0f} s)"
+                        error.maybe_sent = maybe_sent
+                        raise
+                    self.notify(f"{error.message}; next try in {wait:.1f} s")
+                    time.sleep(wait)
+                    waits.append(wait)
+            if before_resend is not None and maybe_sent:
+                found = before_resend()
+                if found is not None:
+                    return found
+
+    def knows_ref(self):
+        """Whether the server knows client_run_ref, so that a create may simply be sent again.
+
+        That came with API 2.19; a server that answers whoami (API 2.22) surely knows it. Asked
+        once. Raises where the question gets no answer.
+        """
+        if self.ref_is_known is None:
+            try:
+                self.perform(lambda: self.send("whoami", {}), retries=max(self.retries, 1))
+                self.ref_is_known = True
+            except NotFound:
+                self.ref_is_known = False
+            except Error as error:
+                if error.status == 401 or isinstance(error, Unavailable):
+                    raise
+                raise Unavailable("the server does not say which version it is: " + error.message,
+                                  RETRY_HINT, error.status) from None
+        return self.ref_is_known
+
+    def send_create(self, body, first_try=None, known_run_ids=set, before_send=None):
+        """Creates the run of a body that has its client_run_ref: {"id"}.
+
+        `first_try`: when (time.time()) an earlier attempt may have arrived, None for never.
+        `known_run_ids` gives the IDs of runs that are known to be others; `before_send` is called
+        right before the first byte goes out.
+        """
+        since = first_try or time.time()
+
+        def existing_run():
+            try:
+                if self.knows_ref():
+                    return None
+                return self.find_existing_run(body, since, known_run_ids)
+            except Error as error:
+                error.maybe_sent = True
+                raise error.with_note("the run may be stored or not: the server could not be asked,"
+                                      " so it was not sent again")
+        if first_try:
+            existing = existing_run()
+            if existing is not None:
+                return existing
+        try:
+            return self.perform(lambda: self.send("create", body, before_send),
+                                before_resend=existing_run)
+        except Unavailable as error:
+            if error.maybe_sent and error.status is None and not error.notes[-1:]:
+                error.with_note("the run may be stored or not",
+                                hint="run the same command again: it cannot make a second run")
+            raise
+
+    def find_existing_run(self, body, since, known_run_ids):
+        """{"id"} of the run that an unanswered create of this body has made, or None.
+
+        For servers that do not know client_run_ref. All that a row shows must agree, and the run
+        must have been stored after the first try (the server's clock, 10 minutes of slack).
+        """
+        begin, _ = utc_parts(body["started_at"])
+        pages = self.pages(serial_numbers=[body["serial_number"]],
+                           procedure_ids=[body["procedure_id"]],
+                           started_after=shift_time(begin, -1).isoformat(),
+                           started_before=shift_time(begin, 2).isoformat(), include_metadata=True)
+        for rows, _ in pages:
+            theirs, ours = self.transport.server_clock or (time.time(), time.time())
+            passed = ours - since
+            earliest = theirs - passed - 600
+            if passed < 0:      # our clock was set back
+                earliest = 0
+            for row in rows:
+                stored_at = epoch(row.get("created_at")) or theirs
+                if row.get("id") in known_run_ids() or stored_at < earliest:
+                    continue
+                if is_same_run(row, body):
+                    return {"id": row["id"]}
+        return None
+
+
+def deleted_text(gone, ids):
+    total = counted(len(ids), "run")
+    return f"{len(gone)} of {total} were deleted"
+
+
+def ignore(text):
+    """For those who want no notes."""
+
+
+def query_text(values):
+    """The values as the query of a URL: lists repeat their key, all but text is JSON."""
+    from urllib.parse import urlencode
+    pairs = []
+    for key, value in values.items():
+        for item in value if isinstance(value, list) else [value]:
+            pairs.append((key, item if isinstance(item, str) else dump_json(item)))
+    return urlencode(pairs)
+
+
+def no_such_id(operation, wire, error):
+    """The NotFound that names the ID, for an error that says that there is no such run or upload.
+
+    None for any other error. The server looks at the form of an ID first: a 400 about it alone
+    means that it does not exist either.
+    """
+    wrong_form = None
+    if error.status == 400 and error.issues:
+        wrong_form = re.match(r"ids?(?:\[(\d+)\])?: ", error.issues[0])
+    id = wire.get("id")
+    if wrong_form and operation == "delete":
+        id = wire["ids"][int(wrong_form.group(1) or 0)]
+    if not id or not (wrong_form or isinstance(error, NotFound)):
+        return None
+    kind = "upload" if operation == "finalize" else "run"
+    shown = printable(id, 80)
+    found = NotFound(f"no {kind} {shown} ({error.status}): {error.reason}",
+                     "copy the whole ID; ls -q prints bare IDs", error.status, error.code,
+                     error.issues, error.reason)
+    if len(id) != 36:
+        found.with_note(f"this ID has {len(id)} characters, IDs have 36")
+    found.after_unanswered_try = getattr(error, "after_unanswered_try", False)
+    return found
+
+
+class PageReader:
+    """Reads the pages of a list; once one says that more exist, up to four at the same time.
+
+    A cursor is a number of rows, so the pages behind the next one can be asked for ahead, each with
+    a Client and in a thread of its own. Such a page counts only if the page before it names its
+    cursor.
+    """
+
+    def __init__(self, client, filters, page_size):
+        self.client = client
+        self.filters = filters
+        self.page_size = page_size
+        self.is_first = True
+        self.clones = []    # Clients for the pages ahead
+        self.idle = []      # those of them without a request under way
+        self.ahead = {}     # cursor: function that waits for the answer
+        self.is_closed = False
+
+    def read(self, cursor, limit):
+        """(rows, meta) of the page at a cursor; `limit`: rows wanted from there on, or None."""
+        if self.is_first or self.is_slow():
+            self.is_first = False
+            self.ahead.clear()
+            answer = self.client.call("list", self.values(cursor, limit))
+        else:
+            if cursor not in self.ahead:    # the page before named another cursor than expected
+                self.ahead.clear()
+            self.ask_ahead(cursor, limit)
+            answer = self.ahead.pop(cursor)()
+        return read_page(answer, cursor)
+
+    def is_slow(self):
+        """Whether only one page at a time is asked for: the server has too much to do."""
+        if self.client.transport.is_dry_run:
+            return True
+        return any(client.transport.was_overloaded for client in [self.client] + self.clones)
+
+    def values(self, cursor, limit):
+        values = dict(self.filters, limit=min(self.page_size, limit or self.page_size))
+        if cursor is not None:
+            values["cursor"] = cursor
+        return values
+
+    def ask_ahead(self, cursor, limit):
+        """Asks for the page at a cursor and those behind it, as far as the limit can need them."""
+        for number in range(PAGES_AHEAD):
+            skipped = number * self.page_size
+            if limit is not None and skipped >= limit:
+                return
+            if cursor + skipped not in self.ahead:
+                left = None if limit is None else limit - skipped
+                values = self.values(cursor + skipped, left)
+                self.ahead[cursor + skipped] = start_thread(self.ask, values)
+
+    def ask(self, values):
+        """The answer for one page. Runs in a thread of its own."""
+        try:
+            client = self.idle.pop()
+        except IndexError:
+            client = self.client.clone()
+            self.clones.append(client)
+        try:
+            return client.call("list", values)
+        finally:
+            self.idle.append(client)
+            if self.is_closed:
+                client.close()
+
+    def close(self):
+        self.is_closed = True
+        for client in self.idle[:]:
+            client.close()
+
+
+def read_page(answer, cursor):
+    """(rows, meta) of a page that is of the right form and leads on."""
+    rows, meta = answer.get("data"), answer.get("meta")
+    rows_are_dicts = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not rows_are_dicts or not isinstance(meta, dict):
+        raise Unavailable("the server's page of runs is not {data, meta}", "is --url right?")
+    following = meta.get("next_cursor")
+    leads_on = isinstance(following, int) and following > (cursor or 0)
+    if meta.get("has_more") and not leads_on:
+        raise Unavailable("the server says that more runs exist, but its cursor does not advance: "
+                          f"{printable(following, 40)}", "tell the server's administrator")
+    return rows, meta
+
+
+SHOWN_AT = {"serial_number": "unit.serial_number", "procedure_id": "procedure.id",
+            "procedure_version": "procedure.version.tag", "part_number": "unit.part.number",
+            "revision_number": "unit.part.revision.number", "batch_number": "unit.batch.number",
+            "outcome": "outcome", "docstring": "docstring", "execution_id": "execution_id",
+            "slot_key": "slot_key", "slot_name": "slot_name"}
+
+
+def is_same_run(row, body):
+    """Whether a row of a list can be the run that a create of this body made."""
+    for field, path in SHOWN_AT.items():
+        sent = lower_text(body.get(field))
+        shown = lower_text(get_path(row, path))
+        made_by_server = not sent and path.startswith("unit.")
+        if sent != shown and not made_by_server:
+            return False
+    for field in ("started_at", "ended_at"):     # the server keeps milliseconds
+        shown = epoch(row.get(field)) or 0
+        if abs(shown - epoch(body[field])) > 0.0011:
+            return False
+    metadata = row.get("metadata") or {}
+    if metadata != body.get("metadata", {}):
+        return False
+    sent = lower_text(body.get("operated_by"))
+    name = lower_text(get_path(row, "operated_by.name"))
+    email = lower_text(get_path(row, "operated_by.email"))
+    if sent:
+        return sent in (name, email)
+    return not name and not email
+
+
+def lower_text(value):
+    """A value as text in lower case; none is an empty text."""
+    return "" if value is None else str(value).lower()
 
 
 # ---- queue ---------------------------------------------------------------------------------------
@@ -1632,26 +3438,35 @@ def replace(source, target):
 # The states of an entry and all moves between them:
 #
 #     storing -> waiting   store: its files are in; before that it cannot be sent
+#     storing -> parked    store: the checks refuse it
 #     waiting -> sent      send: the run and all its files are on the server; a receipt for 30 days
-#     waiting -> parked    send: the server refused it for good
-#     parked  -> waiting   retry
+#     waiting -> parked    send: the server refused it for good, or it is damaged
+#     parked  -> waiting   retry, fix
 #     waiting -> moving    move, first commit: another file may have it, it is not sendable here
 #     moving  -> moved     move, last commit: the other file has it; a receipt for 30 days
 #     sent    -> waiting   store: the same create again, with more files
 #     moved   -> waiting   move: it came back from another file
+#     (new)   -> fixed     fix: the old ref of an entry that got a new one; target names that
 #
 # Exactly once: tried_at and origin are committed before the first byte goes out. Where they stand
-# without a run_id, the run may be on the server: the sender looks before it sends again.
+# without a run_id, the run may be on the server.
 #
 # What the columns of an entry do not say themselves: ref is the client_run_ref, content the ref
-# that the body alone would have; units the serial numbers in it, in lower case; origin the server
-# that it was begun at; target where a move goes, hop the token of that move, came the hop that
-# brought it here; ended_at when it became a receipt.
+# that the body alone would have; units the serial numbers in it, in lower case; server the one that
+# was named when it was stored, origin the one that it was begun at; target where a move goes, hop
+# the token of that move, came the token of the move that brought it here; suspect how often it
+# failed where others were sent, or the storage refused it; status the HTTP status of the last
+# failure; ended_at when it became a receipt. The table received has the
+# tokens of all moves that arrived: none arrives twice.
 
-APPLICATION_ID, SCHEMA_VERSION = 0x54465251, 1      # "TFRQ" in the file's header
+APPLICATION_ID = 0x54465251     # "TFRQ" in the file's header
+SCHEMA_VERSION = 1
 RECEIPT_DAYS = 30           # how long a receipt answers the same create
-SUB_UNIT_HOURS = 72         # how long a run may wait for the runs of its sub-units
-BATCH = 50                  # runs marked, and receipts written, in one commit
+TOKEN_DAYS = 400            # how long a move that arrived is remembered
+LOCK_WAIT = 30              # seconds to wait for another process that writes
+SMALL = 1 << 20             # bytes of files that are stored in one transaction
+MOST_IN_ONE_COMMIT = 64 << 20
+WINDOW = 200                # entries that are read from the file at a time
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
@@ -1668,95 +3483,187 @@ CREATE TABLE file (id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER, name TEX
     sha256 TEXT, upload_id TEXT, done INTEGER DEFAULT 0);
 CREATE INDEX file_by_entry ON file (entry);
 CREATE TABLE chunk (file INTEGER, part INTEGER, data BLOB, PRIMARY KEY (file, part))"""
+ADDED_COLUMNS = {"server": "TEXT", "suspect": "INTEGER DEFAULT 0", "status": "INTEGER"}  # in 1.1.0
+RECEIVED = "CREATE TABLE received (token TEXT PRIMARY KEY, at REAL)"    # since 1.1.0
+ENDED = ("sent", "moved", "fixed")      # states of receipts
+
+# (device, inode) of the queue files that this process has open, with the number of times. A second
+# descriptor of such a file would, when it is closed, drop the locks of the whole process.
+open_queues = collections.Counter()
+open_queues_lock = _thread.allocate_lock()
 
 
-class QueueUnusable(Unavailable):
-    """The queue file cannot be read or written. It was left as it is."""
-    sent = False
+class Removed(Exception):
+    """The entry is not there any more, or not as it was: another command was quicker."""
 
 
 class Queue:
-    """The queue file at a path; makes it if it is missing, unless `must_exist` (NotFound)."""
+    """The queue file at a path; makes it if it is missing, unless `must_exist` (NotFound).
 
-    def __init__(self, path, must_exist=False):
-        self.path, self.connection = os.path.abspath(path), None
+    `read_only`: nothing will be changed, so a file that cannot be written will do.
+    """
+
+    def __init__(self, path, must_exist=False, read_only=False):
+        self.path = os.path.abspath(path)
+        self.real_path = os.path.realpath(self.path)    # names the lock, whatever link leads here
+        self.connection = None
+        self.key = None
         if must_exist and not os.path.exists(self.path):
-            raise NotFound(f"there is no queue file {self.path}",
+            raise NotFound(f"there is no queue file {printable(self.path)}",
                            "check the path and the user: the default one is each user's own")
+        self.sqlite3 = import_sqlite(self.path)
         try:
-            import sqlite3
-            self.sqlite3 = sqlite3
-            new = self.look_at_header()
-            # 3.6 takes the path as UTF-8, whatever the locale says
-            self.name = self.path if sys.version_info >= (3, 7) else os.fsencode(self.path).decode()
-            self.connection = sqlite3.connect(self.name, timeout=30, isolation_level=None)
-            self.connection.row_factory = sqlite3.Row
-            if new:     # before anything else: later it is ignored without a word
-                self.sql("PRAGMA auto_vacuum = INCREMENTAL")
-            # before 3.12 EXTRA would mean NORMAL
-            self.sql("PRAGMA synchronous = "
-                     + ("EXTRA" if sqlite3.sqlite_version_info >= (3, 12) else "FULL"))
-            self.sql("PRAGMA secure_delete = OFF")
-            if not self.sql("SELECT name FROM sqlite_master"):
-                with self.transaction():
-                    if not self.sql("SELECT name FROM sqlite_master"):  # nobody else was first
-                        for statement in SCHEMA.split(";"):
-                            self.sql(statement)
-            self.identity = self.sql("SELECT id FROM identity")[0]["id"]
-        except ImportError:
-            raise self.unusable("this Python has no sqlite3") from None
+            with open_queues_lock:
+                key, is_new = self.look_at_file(read_only)
+                self.key = key
+                open_queues[key] += 1
+            self.open(is_new, read_only)
         except OSError as error:
+            self.close()
             raise self.unusable(error.strerror) from None
-        except BaseException as error:
-            if self.connection:
-                self.connection.close()
-            if isinstance(error, sqlite3.Error):
-                raise self.unusable(error) from None
+        except BaseException:
+            self.close()
             raise
 
-    def look_at_header(self):
-        """Whether the file is new; raises where it is no queue, before SQLite touches it."""
-        if os.path.dirname(self.path) == home():
+    def look_at_file(self, read_only):
+        """((device, inode), whether the file is new). Makes it; raises where it is no queue."""
+        if not read_only:
+            with contextlib.suppress(BadInput, FileExistsError):    # no home; it is there already
+                if os.path.dirname(self.path) == home():
+                    os.makedirs(home(), 0o700)
+        if not read_only and not os.path.exists(self.real_path):
             with contextlib.suppress(FileExistsError):
-                os.makedirs(home(), 0o700)
-        number = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o600)
-        with open(number, "rb") as file:
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+                os.close(os.open(self.real_path, flags, 0o600))
+        state = os.stat(self.real_path)
+        if not stat.S_ISREG(state.st_mode):
+            raise self.unusable("it is not a regular file")
+        if state.st_nlink > 1:
+            raise self.unusable("it has a second name (a hard link), so its lock would not hold",
+                                "remove the other name")
+        if not read_only and not os.access(self.real_path, os.W_OK):
+            raise self.unusable("this user cannot write it")
+        key = (state.st_dev, state.st_ino)
+        return key, not open_queues[key] and self.has_no_tables()
+
+    def has_no_tables(self):
+        """Whether nothing was ever stored in the file; raises where it is no queue file.
+
+        Looked at before SQLite touches it: that would change a file of another program that was
+        not closed properly.
+        """
+        with open(self.real_path, "rb") as file:
             head = file.read(100)
-        ours = head[:16] == b"SQLite format 3\0"
-        if not head or head[:16] == bytes(16) and os.path.exists(self.path + "-journal"):
+        is_sqlite = head[:16] == b"SQLite format 3\0"
+        has_journal = os.path.exists(self.real_path + "-journal")
+        if not head or head[:16] == bytes(16) and has_journal:
             return True
-        if ours and not any(head[40:44] + head[60:64] + head[68:72]):
-            return True     # auto_vacuum was set, no table was ever made
-        if not ours or head[68:72] != APPLICATION_ID.to_bytes(4, "big"):
-            raise self.unusable("it is not a queue file")
-        if int.from_bytes(head[60:64], "big") > SCHEMA_VERSION:
+        schema_cookie, user_version, application_id = head[40:44], head[60:64], head[68:72]
+        if is_sqlite and not any(schema_cookie + user_version + application_id):
+            return True     # auto_vacuum was set, but no table was ever made
+        if not is_sqlite or application_id != APPLICATION_ID.to_bytes(4, "big"):
+            raise self.unusable("it is not a queue file", "name another file")
+        if int.from_bytes(user_version, "big") > SCHEMA_VERSION:
             raise self.unusable(f"a newer version of {PROG} made it",
                                 "use that version, or another queue file")
         return False
 
-    def unusable(self, why, hint="check the path, its rights and the room on the disk"):
-        return QueueUnusable(f"cannot use the queue {self.path}: {why}", hint)
+    def open(self, is_new, read_only):
+        """Connects, and makes the tables that are missing."""
+        # Python 3.6 takes the path as UTF-8, whatever the locale says.
+        self.name = self.real_path
+        if sys.version_info < (3, 7):
+            self.name = os.fsencode(self.real_path).decode()
+        try:
+            self.connection = self.sqlite3.connect(self.name, timeout=0.1, isolation_level=None,
+                                                   check_same_thread=False)
+        except self.sqlite3.Error as error:
+            raise self.unusable(error) from None
+        self.connection.row_factory = self.sqlite3.Row
+        # A byte that was damaged must not stop what is behind it: the checksums find it.
+        self.connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        if is_new:      # before anything else: later it is ignored without a word
+            self.sql("PRAGMA page_size = 16384")
+            self.sql("PRAGMA auto_vacuum = INCREMENTAL")
+        is_modern = self.sqlite3.sqlite_version_info >= (3, 12)     # before, EXTRA means NORMAL
+        self.sql("PRAGMA synchronous = " + ("EXTRA" if is_modern else "FULL"))
+        self.sql("PRAGMA secure_delete = OFF")
+        self.sql("PRAGMA cache_size = -256")    # chunks are read once: 2 MB would be for nothing
+        self.columns = self.column_names()
+        if not read_only and self.missing_schema():
+            with self.transaction():
+                self.columns = self.column_names()      # as they are under the lock
+                for statement in self.missing_schema():
+                    self.sql(statement)
+                self.columns = self.column_names()
+        if not self.columns:
+            raise self.unusable("it has no tables yet")
+
+    @property
+    def identity(self):
+        """What tells this file from all others, under whatever path."""
+        return self.sql("SELECT id FROM identity")[0]["id"]
+
+    def column_names(self):
+        return [row["name"] for row in self.sql("PRAGMA table_info(entry)")]
+
+    def missing_schema(self):
+        """The statements that make this a queue file of this version."""
+        tables = {row["name"] for row in self.sql("SELECT name FROM sqlite_master")}
+        statements = []
+        if not tables:
+            statements += SCHEMA.split(";")
+        if "received" not in tables:
+            statements.append(RECEIVED)
+        for name, kind in ADDED_COLUMNS.items():
+            if name not in self.columns:
+                statements.append(f"ALTER TABLE entry ADD COLUMN {name} {kind}")
+        return statements
+
+    def unusable(self, reason, hint="check the path, its rights and the room on the disk"):
+        return queue_unusable(self.path, reason, hint)
+
+    def close(self):
+        if self.connection:
+            self.connection.close()
+            self.connection = None
+        if self.key:
+            with open_queues_lock:
+                open_queues[self.key] -= 1
+            self.key = None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.connection.close()
+        self.close()
 
     def sql(self, statement, *values):
-        """The rows of one statement."""
-        try:
-            return self.connection.execute(statement, values).fetchall()
-        except (self.sqlite3.Error, UnicodeError) as error:
-            raise self.unusable(error) from None
+        """The rows of one statement. Waits while another process writes, 30 s at most."""
+        until = time.monotonic() + LOCK_WAIT
+        while True:
+            try:
+                return self.connection.execute(statement, values).fetchall()
+            except self.sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise self.unusable(error) from None
+                if time.monotonic() > until:
+                    raise self.unusable(
+                        "another program has it open, such as a database viewer",
+                        "close it there, then run the command again") from None
+            except (self.sqlite3.Error, UnicodeError) as error:
+                raise self.unusable(error) from None
 
     def insert(self, table, **values):
         """The number of a new row."""
-        self.sql(f"INSERT INTO {table} ({', '.join(values)}) VALUES ("
-                 f"{', '.join('?' * len(values))})", *values.values())
-        return self.sql("SELECT last_insert_rowid()")[0][0]
+        names = ", ".join(values)
+        places = ", ".join("?" * len(values))
+        self.sql(f"INSERT INTO {table} ({names}) VALUES ({places})", *values.values())
+        rows = self.sql("SELECT last_insert_rowid() AS number")
+        return rows[0]["number"]
 
     def change(self, number, **values):
+        """Sets columns of an entry."""
         names = ", ".join(f"{name} = ?" for name in values)
         self.sql(f"UPDATE entry SET {names} WHERE id = ?", *values.values(), number)
 
@@ -1767,119 +3674,218 @@ class Queue:
             yield
             self.sql("COMMIT")
         except BaseException:
-            with contextlib.suppress(QueueUnusable):
+            with contextlib.suppress(QueueUnusable):    # the reason is the first error
                 self.sql("ROLLBACK")
             raise
 
+    # Reading
+
+    def windows(self, where, *values):
+        """Entries (dicts), oldest first, read from the file a few at a time.
+
+        They are without what is large; `files` is how many they have.
+        """
+        names = ", ".join(name for name in self.columns if name != "body")
+        last = 0
+        while True:
+            rows = self.sql(
+                f"SELECT {names}, (SELECT count(*) FROM file WHERE entry = entry.id) AS files "
+                f"FROM entry WHERE {where} AND id > ? ORDER BY id LIMIT {WINDOW}", *values, last)
+            entries = [dict(dict.fromkeys(ADDED_COLUMNS), **dict(row)) for row in rows]
+            yield entries
+            if len(rows) < WINDOW:
+                return
+            last = rows[-1]["id"]
+
     def entries(self, where, *values):
-        """Entries (dicts) without what is large, oldest first; `files` is how many they have."""
-        return [dict(row) for row in self.sql(
-            "SELECT id, ref, state, units, outcome, serial_number, procedure_id, stored_at, tries, "
-            "tried_at, failed_at, next_try_at, error, exit_code, content, origin, run_id, target, "
-            "hop, came, (SELECT count(*) FROM file WHERE entry = entry.id) AS files "
-            f"FROM entry WHERE state != 'storing' AND {where} ORDER BY id", *values)]
+        """The same, one after the other."""
+        for window in self.windows(where, *values):
+            yield from window
 
     def by_ref(self, ref):
         """The entry of a ref, or None: there is one at most."""
-        return next(iter(self.entries("ref = ?", ref)), None)
+        return next(self.entries("ref = ? AND state != 'storing'", ref), None)
+
+    def latest(self, entry):
+        """The entry that a corrected one became, however often it was corrected."""
+        while entry["state"] == "fixed":
+            corrected = self.by_ref(entry["target"])
+            if corrected is None:
+                return entry
+            entry = corrected
+        return entry
+
+    def by_number(self, number):
+        return next(self.entries("id = ?", number), None)
 
     def find(self, ref):
         """The entry whose ref begins so; NotFound or BadInput where none or several do."""
-        found = self.entries("ref = ?", ref) or self.entries(
-            "substr(ref, 1, ?) = ?", len(ref) or 1, ref)
-        found = [entry for entry in found if entry["state"] not in ("sent", "moved")] or found
-        if len(found) > 1:
-            raise BadInput(f"{len(found)} entries begin with {ref[:80]}", "give more of it")
-        if not found:
-            raise NotFound(f"no entry {ref[:80]} in {self.path}", "queue ls names them")
-        return found[0]
+        try:
+            ref.encode("utf-8")
+        except UnicodeEncodeError:
+            ref = ""        # no ref is such a text
+        found = self.by_ref(ref)
+        if found:
+            return found
+        rows = self.sql("SELECT id FROM entry WHERE ref >= ? AND ref < ? AND state != 'storing' "
+                        "LIMIT 50", ref, ref + "\U0010ffff") if ref else []
+        entries = [self.by_number(row["id"]) for row in rows]
+        active = [entry for entry in entries if entry["state"] not in ENDED]
+        entries = active or entries
+        if len(entries) > 1:
+            raise BadInput(f"{len(entries)} entries begin with {printable(ref, 80)}",
+                           "give more of it")
+        if not entries:
+            raise NotFound(f"no entry {printable(ref, 80)} in {printable(self.path)}",
+                           "queue ls names them")
+        return entries[0]
 
     def body(self, number):
-        """The request of an entry as JSON; None in a receipt, or where queue rm took it."""
+        """The request of an entry as JSON text; None in a receipt, or where it was removed."""
         rows = self.sql("SELECT body FROM entry WHERE id = ?", number)
         return rows[0]["body"] if rows else None
 
     def files(self, number):
-        return [QueuedFile(self, row) for row in
-                self.sql("SELECT * FROM file WHERE entry = ? ORDER BY id", number)]
+        rows = self.sql("SELECT * FROM file WHERE entry = ? ORDER BY id", number)
+        return [QueuedFile(self, row) for row in rows]
 
-    def store(self, body, files, origin=None):
-        """Commits a create and its files: the entry that holds it. The same create is one entry.
+    def intact_body(self, entry):
+        """The request of an entry, once it and the files are found to be as they were stored.
 
-        A receipt from another server than `origin` (None: not known) does not answer.
+        Damaged where they are not; Removed where the entry is gone.
         """
-        units = {unit.lower() for unit in [body["serial_number"]] + body.get("sub_units", [])}
-        return self.enter({
-            "ref": body["client_run_ref"], "body": dump_json(body), "content": run_ref(body),
-            "units": dump_json(sorted(units)), "outcome": body["outcome"],
-            "serial_number": body["serial_number"], "procedure_id": body["procedure_id"],
-            "stored_at": time.time()}, files, origin)
+        text = self.body(entry["id"])
+        if text is None:
+            raise Removed
+        try:
+            body = json.loads(text)
+            is_intact = run_ref(body) == entry["content"]
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            is_intact = False
+        if not is_intact:
+            raise Damaged("its request in the queue file is damaged")
+        for file in self.files(entry["id"]):
+            if not file.done:
+                file.require_intact()
+        return body
 
-    def enter(self, values, files, origin=None):
-        """Enters an entry with its files, or adds to the one that is there what it lacks."""
-        ref, came = values["ref"], values.get("came")
+    def meta(self):
+        """How many entries are in each state, the path, and the size of the file in bytes."""
+        rows = self.sql("SELECT state, count(*) AS count FROM entry GROUP BY state")
+        counts = {row["state"]: row["count"] for row in rows}
+        found = {state: counts.get(state, 0) for state in ("waiting", "parked", "sent", "moving")}
+        return dict(found, file=self.path, bytes=os.path.getsize(self.real_path))
 
-        def over(old):      # it came back; another server's receipt
-            return (old["state"] == "moved" and came not in (None, old["came"])
-                    or old["state"] == "sent" and origin not in (None, old["origin"]))
-        old = self.by_ref(ref)
-        if old and not over(old):
-            files = self.lacks(old, files)
-        with self.transaction():
-            self.drop("state = 'storing' AND coalesce(ended_at, stored_at) < ?",
-                      time.time() - 86400)      # by its own clock: a move keeps stored_at
-            mine = self.insert("entry", **dict(values, state="storing", ended_at=time.time()))
-            for file in files:
-                self.copy_in(mine, file)
-            old = self.by_ref(ref)        # it may have come meanwhile
-            if old and old["content"] != values["content"]:
-                raise BadInput(f"client_run_ref {ref[:80]} is another run's in {self.path}",
-                               "give each run a reference of its own, or none")
-            if old and over(old):
-                self.drop("id = ?", old["id"])
-            elif old:
-                there = (old["target"] or "").partition(" ")[2]
-                if old["state"] == "moving" and came not in (None, old["came"]):
-                    raise self.unusable(
-                        "a move out of it is not finished",
-                        f"repeat that first: queue move {there} --queue {self.path}")
-                new = self.lacks(old, self.files(mine))
-                if new and old["state"] in ("moving", "moved"):
-                    raise self.unusable(f"this run has gone to {there}",
-                                        "add the files there: create with --queue and that file")
-                for file in new:
-                    self.sql("UPDATE file SET entry = ? WHERE id = ?", old["id"], file.number)
-                self.drop("id = ?", mine)
-                if new and old["state"] == "sent":
-                    self.change(old["id"], state="waiting", next_try_at=0, body=values["body"])
-                if values.get("tried_at") and not old["tried_at"]:      # it may be on the server
-                    self.change(old["id"], **{name: values[name] for name in (
-                        "tried_at", "origin", "run_id")})
-            self.sql("UPDATE entry SET state = 'waiting', ended_at = NULL WHERE id = ?", mine)
-            found = self.by_ref(ref)    # here: after the COMMIT nothing may fail
-            if not found:
-                raise self.unusable("the entry was removed while its files were copied")
-            return found
+    def oldest_waiting(self):
+        """When the run that has waited longest was stored (time.time()), or None."""
+        rows = self.sql("SELECT stored_at FROM entry WHERE state = 'waiting' ORDER BY id LIMIT 1")
+        return rows[0]["stored_at"] if rows else None
 
-    def lacks(self, entry, files):
-        """Those of the files that the entry does not hold: name and content tell."""
-        have = {(file.name, file.sha256()) for file in self.files(entry["id"])}
-        return [file for file in files if not have or (file.name, file.sha256()) not in have]
+    def waiting_servers(self):
+        """The servers that waiting entries are for; None stands for whichever is in force."""
+        names = [name for name in ("origin", "server") if name in self.columns]
+        rows = self.sql(f"SELECT DISTINCT {', '.join(names)} FROM entry WHERE state = 'waiting'")
+        return {bound_server(dict(row)) for row in rows}
 
-    def copy_in(self, entry, file):
-        """Copies a file in, in transactions of 16 MiB: others can write between them."""
-        import hashlib
-        found = hashlib.sha256()
-        number = self.insert("file", entry=entry, name=file.name, size=file.size,
-                             upload_id=file.upload_id, done=int(file.done))
-        for part, block in enumerate(file.blocks()):
-            found.update(block)
-            self.sql("INSERT INTO chunk VALUES (?, ?, ?)", number, part, block)
-            if part % 256 == 255:
-                self.sql("COMMIT")
-                self.sql("BEGIN IMMEDIATE")
-        self.sql("UPDATE file SET sha256 = ? WHERE id = ?",
-                 file.sha256() if file.done else found.hexdigest(), number)
+    # Storing
+
+    def store(self, body, files, server=None, problems=()):
+        """Commits a create and its files. Returns the Stored.
+
+        `body` is JSON that can be written; `server` the one that was named, or None; with
+        `problems` the entry is parked. The same create is one entry. A file that cannot be read to
+        its end is left out.
+        """
+        values = dict(entry_values(body, problems), server=server, stored_at=time.time(),
+                      state="parked" if problems else "waiting")
+        return self.insert_or_merge(values, files)
+
+    def insert_or_merge(self, values, files, token=None):
+        """Enters an entry with its files, or adds what is missing to the one that is there.
+
+        `token`: of the move that brings it; one that has arrived already changes nothing. Returns
+        the Stored.
+        """
+        self.drop_half_stored()
+        with Stage(self, files) as stage:
+            while True:
+                stage.hash_large(self.by_ref(values["ref"]))
+                with self.transaction():
+                    old = self.by_ref(values["ref"])
+                    if old and old["state"] == "fixed":
+                        return Stored(self.latest(old), stage.left_out)
+                    if token and self.has_received(token, values["ref"]):
+                        return Stored(old, stage.left_out)
+                    if old and self.is_superseded(old, values, token):
+                        kept = None
+                    else:
+                        kept = old
+                        self.require_same_run(old, values, token)
+                    if stage.has_all_large(kept):
+                        if old and not kept:
+                            self.drop("id = ?", old["id"])
+                        number, notes = self.merge(kept, values, stage)
+                        if token:
+                            self.insert("received", token=token, at=time.time())
+                        return Stored(self.by_number(number), stage.left_out, notes)
+                stage.copy_large(kept)
+
+    def is_superseded(self, old, values, token):
+        """Whether a receipt does not answer: the run came back, or it went to another server."""
+        if old["state"] == "moved":
+            return token is not None
+        server = values.get("origin") or values.get("server")
+        return old["state"] == "sent" and server is not None and (
+            server_name(old["origin"] or "") != server_name(server))
+
+    def require_same_run(self, old, values, token):
+        """Raises where the entry that has this ref cannot take this create."""
+        if old is None:
+            return
+        if old["content"] != values["content"]:
+            raise BadInput(f"client_run_ref {printable(old['ref'], 80)} is another run's in "
+                           f"{printable(self.path)}",
+                           "give each run a reference of its own, or none")
+        if old["state"] == "moving" and token is not None:
+            there = (old["target"] or "").partition(" ")[2]
+            raise self.unusable("a move out of it is not finished", "repeat that first: "
+                                + queue_command("move", there, queue=self.path))
+
+    def merge(self, old, values, stage):
+        """Makes one entry of what is there and what is new: (its number, notes for people)."""
+        if old is None:
+            number = stage.number
+            if number is None:
+                number = self.insert("entry", **values)
+            else:
+                self.change(number, **dict(values, ended_at=None))
+            stage.give_to(number, self)
+            return number, []
+        notes = []
+        number = old["id"]
+        new_files = stage.missing(old)
+        if new_files and old["state"] in ("moving", "moved"):
+            there = (old["target"] or "").partition(" ")[2]
+            raise self.unusable(f"this run has gone to {there}",
+                                "add the files there: create with --queue and that file")
+        stage.give_to(number, self, new_files)
+        if new_files and old["state"] == "sent":
+            self.change(number, state="waiting", next_try_at=0, body=values["body"])
+        if values.get("tried_at") and not old["tried_at"]:      # it may be on the server
+            self.change(number, tried_at=values["tried_at"], origin=values["origin"],
+                        run_id=values["run_id"])
+        server = values.get("server")
+        is_other = server and server != old["server"] and old["state"] in ("waiting", "parked")
+        if is_other and not old["tried_at"] and not old["run_id"]:
+            self.change(number, server=server)
+            if old["server"]:
+                notes.append(f"it was stored for {old['server']} and goes to {server} now")
+        return number, notes
+
+    def has_received(self, token, ref):
+        """Whether the move of this ref with this token has arrived here before."""
+        return bool(self.sql("SELECT 1 FROM received WHERE token = ? UNION ALL "
+                             "SELECT 1 FROM entry WHERE ref = ? AND came = ?", token, ref, token))
 
     def drop(self, where, *values):
         """Deletes entries with all that they hold."""
@@ -1889,28 +3895,108 @@ class Queue:
         self.sql(f"DELETE FROM file WHERE entry IN {chosen}", *values)
         self.sql(f"DELETE FROM entry WHERE {where}", *values)
 
-    def end(self, entry, state):
-        """Makes an entry a receipt: what is large goes."""
-        if entry["files"]:
+    def drop_half_stored(self):
+        """Frees the room of creates that were killed. A lock tells which of them still live."""
+        if not self.sql("SELECT 1 FROM entry WHERE state = 'storing' LIMIT 1"):
+            return
+        lock = self.sqlite3.connect(self.name + ".storing", timeout=0, isolation_level=None)
+        with contextlib.closing(lock):
+            try:
+                lock.execute("BEGIN EXCLUSIVE")
+            except self.sqlite3.Error:
+                return      # another process is storing right now
+            with self.transaction():
+                self.drop("state = 'storing'")
+        self.release_room()
+
+    def correct(self, entry, values, files):
+        """Replaces the request of an entry that surely is not on a server. Returns the Stored.
+
+        `files` are added, or replace those of the same name. The old ref becomes a receipt.
+        """
+        names = {file.name for file in files}
+        with Stage(self, files) as stage:
+            stage.copy_large(None)
+            with self.transaction():
+                old = self.by_number(entry["id"])
+                require_correctable(old)
+                if values["ref"] != old["ref"]:
+                    self.rename(old, values["ref"])
+                for name in names:
+                    self.drop_file(old["id"], name)
+                stage.give_to(old["id"], self)
+                self.change(old["id"], tries=0, next_try_at=0, suspect=0, **values)
+                corrected = self.by_number(old["id"])
+                return Stored(corrected, stage.left_out)
+
+    def rename(self, entry, ref):
+        """Leaves a receipt under the old ref of an entry that gets a new one."""
+        if self.by_ref(ref):
+            old = entry["ref"][:12]
+            raise BadInput(f"the corrected run is in the queue already as {ref[:12]}; both stay "
+                           "as they are", f"remove the wrong one: queue rm {old}")
+        kept = ("content", "outcome", "serial_number", "procedure_id", "stored_at")
+        values = {name: entry[name] for name in kept}
+        self.insert("entry", ref=entry["ref"], state="fixed", target=ref, units="[]",
+                    ended_at=time.time(), **values)
+
+    def drop_file(self, entry, name):
+        self.sql("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ? AND "
+                 "name = ?)", entry, name)
+        self.sql("DELETE FROM file WHERE entry = ? AND name = ?", entry, name)
+
+    # Sending
+
+    def claim(self, entry, origin):
+        """Commits that an entry may be on a server from now on; Removed where it changed."""
+        with self.transaction():
+            self.sql("UPDATE entry SET tried_at = coalesce(tried_at, ?), origin = ? WHERE id = ? "
+                     "AND ref = ? AND content = ? AND state = 'waiting'",
+                     time.time(), origin, entry["id"], entry["ref"], entry["content"])
+            if not self.sql("SELECT changes()")[0][0]:
+                raise Removed
+
+    def make_receipt(self, entry, state):
+        """Makes a receipt of an entry: drops the body and the chunks. Whether it could be made.
+
+        It stays as it is, with its run ID, where it got another file meanwhile.
+        """
+        with self.transaction():
+            if state == "sent" and self.sql("SELECT 1 FROM file WHERE entry = ? AND done = 0",
+                                            entry["id"]):
+                self.change(entry["id"], run_id=entry["run_id"])
+                return False
             self.sql("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)",
                      entry["id"])
-        self.change(entry["id"], state=state, body=None, error=None, ended_at=time.time(),
-                    run_id=entry["run_id"])
+            self.change(entry["id"], state=state, body=None, error=None, ended_at=time.time(),
+                        run_id=entry["run_id"])
+        return True
 
-    def tidy(self):
-        """Old receipts go, and the room that they took goes back to the disk in small steps."""
+    def purge_expired(self):
+        """Drops old receipts, and gives the room of all that was dropped back to the disk."""
+        now = time.time()
         with self.transaction():
-            self.drop("state IN ('sent', 'moved') AND ended_at < ?",
-                      time.time() - RECEIPT_DAYS * 86400)
+            self.drop("state IN ('sent', 'moved', 'fixed') AND ended_at < ?",
+                      now - RECEIPT_DAYS * 86400)
+            self.sql("DELETE FROM received WHERE at < ?", now - TOKEN_DAYS * 86400)
+        self.release_room()
+
+    def release_room(self):
         for _ in range(0, self.sql("PRAGMA freelist_count")[0][0], 1000):
             try:        # execute() would free one page: only executescript() goes on to the end
                 self.connection.executescript("PRAGMA incremental_vacuum(1000)")
-            except self.sqlite3.Error as error:
-                raise self.unusable(error) from None
+            except self.sqlite3.Error:
+                return      # another process is at work: the next pass does it
 
     @contextlib.contextmanager
-    def sender(self):
-        """Whether this process is the one sender of the file: a lock that ends with the process."""
+    def sender_lock(self):
+        """Whether this process is the one sender of the file.
+
+        The lock is on FILE.lock, and the system drops it when the process ends.
+        """
+        path = self.real_path + ".lock"
+        self.make_lock_file(path)
+        before = os.stat(path)
         with contextlib.ExitStack() as stack:
             try:
                 lock = self.sqlite3.connect(self.name + ".lock", timeout=0, isolation_level=None)
@@ -1918,266 +4004,1183 @@ class Queue:
                 lock.execute("BEGIN EXCLUSIVE")
             except self.sqlite3.Error as error:
                 if "locked" not in str(error):
-                    raise self.unusable(f"its .lock file: {error}") from None
+                    raise self.unusable(f"its lock file {path}: {error}") from None
+            if not os.path.samestat(before, os.stat(path)):
+                raise self.unusable(f"its lock file {path} was replaced meanwhile")
             yield lock.in_transaction
 
-    def meta(self):
-        counts = dict(map(tuple, self.sql("SELECT state, count(*) FROM entry GROUP BY state")))
-        states = ("waiting", "parked", "sent", "moving")
-        return dict({state: counts.get(state, 0) for state in states},
-                    file=self.path, bytes=os.path.getsize(self.path))
+    def make_lock_file(self, path):
+        """Makes the lock file with the owner and mode of the queue; raises if it is not writable.
+
+        On a file that cannot be written SQLite would take a lock that keeps nobody out.
+        """
+        state = os.stat(self.real_path)
+        try:
+            number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise self.unusable(f"its lock file {path}: {error.strerror}") from None
+        else:
+            with contextlib.suppress(AttributeError, OSError):      # Windows; another's queue
+                os.fchmod(number, stat.S_IMODE(state.st_mode))
+                os.fchown(number, state.st_uid, state.st_gid)
+            os.close(number)
+        if not os.access(path, os.W_OK):
+            raise self.unusable(f"this user cannot write its lock file {path}, which belongs to "
+                                f"{owner_of(path)}", "send as that user, or remove the lock file "
+                                "while nobody sends")
+
+
+def import_sqlite(path):
+    """The sqlite3 module; QueueUnusable where this Python has none."""
+    try:
+        import sqlite3
+    except ImportError:
+        raise queue_unusable(path, "this Python has no sqlite3 module",
+                             "use a Python that has it, or create without --queue") from None
+    return sqlite3
+
+
+def queue_unusable(path, reason, hint):
+    return QueueUnusable(f"cannot use the queue {printable(path)}: {reason}", hint)
+
+
+# entry: the entry that holds the run; left_out: (name, reason) of files that could not be read;
+# notes: what else people should know.
+Stored = collections.namedtuple("Stored", "entry left_out notes")
+Stored.__new__.__defaults__ = ((),)
+
+
+class Stage:
+    """The files of a create on their way into a queue.
+
+    Small ones are read into memory and go in with the entry. Large ones are copied before, in
+    several transactions, so that others can write between them, under an entry `number` in the
+    state "storing"; if anything fails, that is dropped at the end.
+    """
+
+    def __init__(self, queue, files):
+        self.queue = queue
+        self.files = list(files)
+        self.small = {}         # file: its content
+        self.large = {}         # file: the number of its row
+        self.digests = {}       # file: its SHA-256, where it had to be known
+        self.left_out = []
+        self.number = None
+        self.lock = None
+
+    def __enter__(self):
+        room = SMALL
+        for file in self.files[:]:
+            if file.size <= room:
+                self.read_small(file)
+                room -= file.size
+        return self
+
+    def read_small(self, file):
+        try:
+            data = b"".join(file.blocks())
+            self.small[file] = data
+            self.digests[file] = file.sha256() if file.done else sha256_of([data])
+        except StorageRefused as error:
+            self.leave_out(file, error)
+
+    def leave_out(self, file, error):
+        self.files.remove(file)
+        self.left_out.append((file.name, error.message))
+
+    def missing(self, entry):
+        """Those of the files that the entry does not hold: name and content tell."""
+        if entry is None:
+            return list(self.files)
+        there = set()
+        for file in self.queue.files(entry["id"]):
+            there.add((file.name, file.sha256()))
+        if not there:
+            return list(self.files)
+        return [file for file in self.files if (file.name, self.digests[file]) not in there]
+
+    def hash_large(self, entry):
+        """Finds the digests of the files if the entry has files to compare them with.
+
+        Outside of any transaction: a large file on a slow disk would keep all others out.
+        """
+        if entry is None or not entry["files"]:
+            return
+        for file in self.files[:]:
+            try:
+                if file not in self.digests:
+                    self.digests[file] = file.sha256()
+            except StorageRefused as error:
+                self.leave_out(file, error)
+
+    def has_all_large(self, entry):
+        """Whether all large files that the entry lacks are known and copied."""
+        has_files = entry is not None and entry["files"]
+        if has_files and not all(file in self.digests for file in self.files):
+            return False
+        for file in self.missing(entry):
+            if file not in self.small and file not in self.large:
+                return False
+        return True
+
+    def copy_large(self, entry):
+        """Copies the large files that the entry lacks."""
+        self.hash_large(entry)
+        for file in self.missing(entry):
+            if file in self.small or file in self.large:
+                continue
+            if self.number is None:
+                self.begin()
+            try:
+                self.large[file] = self.copy(file)
+            except StorageRefused as error:
+                with self.queue.transaction():
+                    self.queue.drop_file(self.number, file.name)
+                self.leave_out(file, error)
+
+    def begin(self):
+        """Makes the entry that is not sendable yet, under a lock that tells that we live."""
+        queue = self.queue
+        queue.make_lock_file(queue.real_path + ".storing")
+        self.lock = queue.sqlite3.connect(queue.name + ".storing", timeout=5, isolation_level=None,
+                                          check_same_thread=False)
+        try:
+            self.lock.execute("BEGIN")
+            self.lock.execute("SELECT count(*) FROM sqlite_master").fetchall()
+        except queue.sqlite3.Error as error:
+            raise queue.unusable(f"its file {queue.name}.storing: {error}") from None
+        self.number = queue.insert("entry", state="storing", stored_at=time.time(),
+                                   ended_at=time.time(), units="[]")
+
+    def copy(self, file):
+        """Copies a file in short transactions: the number of its row.
+
+        How much goes into one is found while it goes on, so that none takes much longer than half a
+        second; now and then there is a pause in which others get their turn.
+        """
+        import hashlib
+        queue = self.queue
+        digest = hashlib.sha256()
+        number = insert_file(queue, self.number, file)
+        blocks = enumerate(file.blocks())
+        limit, last_pause = SMALL, time.monotonic()
+        is_at_end = False
+        while not is_at_end:
+            started, size = time.monotonic(), 0
+            with queue.transaction():
+                for part, block in blocks:
+                    digest.update(block)
+                    queue.sql("INSERT INTO chunk VALUES (?, ?, ?)", number, part, block)
+                    size += len(block)
+                    if size >= limit:
+                        break
+                else:
+                    is_at_end = True
+                    self.digests[file] = file.sha256() if file.done else digest.hexdigest()
+                    queue.sql("UPDATE file SET sha256 = ? WHERE id = ?", self.digests[file],
+                              number)
+            took = time.monotonic() - started
+            if took < 0.25:
+                limit = min(2 * limit, MOST_IN_ONE_COMMIT)
+            elif took > 0.5:
+                limit = max(limit // 2, BLOCK)
+            if time.monotonic() - last_pause > 0.7 and not is_at_end:
+                time.sleep(0.15)    # who waits for the file asks for it every 0.1 s
+                last_pause = time.monotonic()
+        return number
+
+    def give_to(self, entry, queue, files=None):
+        """Makes files those of an entry, in the transaction at hand; all of them if None."""
+        for file in self.files if files is None else files:
+            if file in self.large:
+                queue.sql("UPDATE file SET entry = ? WHERE id = ?", entry, self.large[file])
+                continue
+            number = insert_file(queue, entry, file)
+            data = self.small[file]
+            for part, start in enumerate(range(0, len(data), BLOCK)):
+                queue.sql("INSERT INTO chunk VALUES (?, ?, ?)", number, part,
+                          data[start:start + BLOCK])
+            queue.sql("UPDATE file SET sha256 = ? WHERE id = ?", self.digests[file], number)
+
+    def __exit__(self, *_):
+        if self.number is None:
+            return
+        try:
+            with self.queue.transaction():      # unless it has become the entry itself
+                self.queue.drop("state = 'storing' AND id = ?", self.number)
+        except QueueUnusable:
+            pass        # the next create or send drops it
+        finally:
+            self.lock.close()
+
+
+def insert_file(queue, entry, file):
+    """The number of a new row for a file."""
+    return queue.insert("file", entry=entry, name=file.name, size=file.size,
+                        upload_id=file.upload_id, done=int(file.done))
 
 
 class QueuedFile:
     """A file in the queue, used like a LocalFile; `save` commits how far it has come."""
+    match_content = False       # its upload's ID alone tells whether a run has it
 
     def __init__(self, queue, row):
-        self.queue, self.number, self.name, self.size = queue, row["id"], row["name"], row["size"]
-        self.digest, self.upload_id, self.done = row["sha256"], row["upload_id"], bool(row["done"])
+        self.queue = queue
+        self.number = row["id"]
+        self.name = row["name"]
+        self.size = row["size"]
+        self.digest = row["sha256"]
+        self.upload_id = row["upload_id"]
+        self.done = bool(row["done"])
 
     def blocks(self):
-        for part in range((self.size + BLOCK - 1) // BLOCK):    # one key, no sorting
-            found = self.queue.sql("SELECT data FROM chunk WHERE file = ? AND part = ?",
-                                   self.number, part)
-            if not found and self.done:     # it went up before its entry was a receipt
+        for part in range((self.size + BLOCK - 1) // BLOCK):    # by the whole key: no sorting
+            rows = self.queue.sql("SELECT data FROM chunk WHERE file = ? AND part = ?",
+                                  self.number, part)
+            if not rows and self.done:      # it went up before its entry was a receipt
                 return
-            if not found:
-                raise self.queue.unusable(f"{self.name} was removed meanwhile")
-            yield found[0]["data"]
+            if not rows or not isinstance(rows[0]["data"], bytes):
+                raise Damaged(f"{self.name} is not whole in the queue file")
+            yield rows[0]["data"]
+
+    def has_content(self):
+        """Whether its bytes are still here."""
+        return not self.size or bool(self.queue.sql("SELECT 1 FROM chunk WHERE file = ? LIMIT 1",
+                                                    self.number))
 
     def sha256(self):
         return self.digest
+
+    def require_intact(self):
+        is_intact = isinstance(self.size, int) and sha256_of(self.blocks()) == self.digest
+        if not is_intact:
+            raise Damaged(f"{self.name} is damaged in the queue file")
 
     def save(self):
         self.queue.sql("UPDATE file SET upload_id = ?, done = ? WHERE id = ?", self.upload_id,
                        int(self.done), self.number)
 
 
-def is_due(entry, now):
-    """Whether its wait is over; a clock that was set back never makes it longer."""
-    return now >= entry["next_try_at"] or now < (entry["failed_at"] or 0) - 60
+def entry_values(body, problems=()):
+    """The columns of an entry that come from its request, and from what is wrong with it.
 
-
-def after_failure(error, tries, waited_for_unit):
-    """(state, seconds to wait, what it does to the pass) of an entry that failed.
-
-    The pass: "end", "count" (three in a row end it) or "go on". `waited_for_unit`: seconds since a
-    run with sub-units was stored, None for one without.
+    A request without a client_run_ref gets the one that is made from its content.
     """
-    status = error.status
-    if isinstance(error, AccessDenied):
-        return ("waiting", 3600, "count") if status == 403 else ("waiting", 0, "end")
-    if isinstance(error, Unavailable):
-        if status is None or isinstance(error, NotTheAPI):      # no answer, or a portal's
-            return "waiting", 0, "end"
-        return ("waiting", delay(tries, 15, error.retry_after),
-                "end" if status in (429, 503) else "count" if status >= 500 else "go on")
-    told = " ".join([error.message] + error.issues)
-    if (waited_for_unit is not None and status in (400, 404) and re.search("(?i)sub.?unit", told)
-            and waited_for_unit < SUB_UNIT_HOURS * 3600):
-        return "waiting", min(900 * 2 ** min(tries, 9), 21600), "go on"
-    return "parked", 0, "go on"
+    content = run_ref(body)
+    body = dict(body, client_run_ref=body.get("client_run_ref") or content)
+    units = [body.get("serial_number")]
+    if isinstance(body.get("sub_units"), list):
+        units += body["sub_units"]
+    units = {unit.lower() for unit in units if isinstance(unit, str)}
+    values = {"ref": body["client_run_ref"], "content": content, "body": dump_json(body),
+              "units": dump_json(sorted(units)), "error": None, "exit_code": None}
+    for name in ("outcome", "serial_number", "procedure_id"):
+        value = body.get(name)
+        values[name] = value if isinstance(value, str) else None
+    if problems:
+        values.update(error=problems_text(problems), exit_code=5)
+    return values
 
 
-def elsewhere(entry, url):
-    """Why an entry waits for another server than this one, or None."""
-    return None if entry["origin"] in (None, url) else f"begun at {entry['origin']}, waits for it"
+def bound_server(entry):
+    """The server that an entry is for: the one that it was begun at, or that was named; or None."""
+    server = entry["origin"] or entry.get("server")
+    return server_name(server) if server else None
 
 
-class Pass:
-    """One pass over a queue: what is due is sent, oldest first."""
+def default_queue():
+    """The queue file of a command that names none."""
+    return environment("TOFUPILOT_QUEUE") or os.path.join(home(), "runs.queue")
 
-    def __init__(self, queue, client, tell=lambda text: None, force=()):
-        """`force`: the refs of entries that do not wait for their time."""
-        self.queue, self.client, self.tell, self.force = queue, client, tell, force
-        self.sent, self.unsent, self.marked = [], [], set()
-        self.fresh, self.flushed = [], time.monotonic()     # what went and has no receipt yet
-        self.streak, self.over = 0, False
 
-    def run(self):
-        """False where another process is sending this queue."""
-        with self.queue.sender() as alone:
-            if alone:
-                try:
-                    self.send_all()
-                finally:
-                    self.flush()
-                    self.mark(self.marked, None, None)      # those surely did not go out
-                self.queue.tidy()
-            return alone
+def queue_command(*words, queue=None, url=None):
+    """A command line of `queue`, complete and ready to be copied.
 
-    def send_all(self):
-        """Sends what is due; an entry that shares a unit with an older one waits for it."""
-        blocked, now, here = set(), time.time(), self.client.login.url
-        entries = self.queue.entries("state = 'waiting'")
-        for entry in entries:
-            entry["units"] = set(json.loads(entry["units"]))
-            why = elsewhere(entry, here)
-            entry["ready"] = not why and (entry["ref"] in self.force or is_due(entry, now))
-            if why:
-                entry.update(error=why, exit_code=6)
-                self.queue.change(entry["id"], error=why)
-                self.unsent.append(entry)
-                self.tell(f"waiting {entry['serial_number']}: {why}")
-        for number, entry in enumerate(entries):
-            if entry["ready"] and not entry["units"] & blocked:
-                if entry["tried_at"] is None and entry["id"] not in self.marked:
-                    soon = {other["id"] for other in entries[number:number + BATCH]
-                            if other["ready"] and other["tried_at"] is None}
-                    self.mark(soon, time.time(), here)
-                    self.marked |= soon
-                self.send(entry)
-            if entry["state"] == "waiting":     # where it waits for its sub-units (5), they pass
-                serial = {entry["serial_number"].lower()}
-                blocked |= serial if entry["exit_code"] == 5 else entry["units"]
-            if self.over:
-                return
+    >>> queue_command("retry", "3e1f", queue="my runs.queue")
+    'tofupilot_runs.py queue retry 3e1f --queue "my runs.queue"'
+    """
+    words = [PROG, "queue", *words]
+    if queue:
+        words += ["--queue", queue]
+    if url:
+        words += ["--url", url]
+    quoted = []
+    for word in words:
+        is_plain = re.fullmatch(r"[\w./:@\\=+-]+", word)
+        quoted.append(word if is_plain else f'"{word}"')
+    return " ".join(quoted)
 
-    def mark(self, numbers, now, here):
-        """Commits that these may go out from now on, or that they did not."""
-        self.queue.sql("UPDATE entry SET tried_at = ?, origin = ? WHERE id IN "
-                       f"({', '.join(map(str, numbers))})", now, here)
 
-    def send(self, entry):
-        """Sends one entry and its files; its new state stands in it."""
-        queue, number = self.queue, entry["id"]
-        self.marked.discard(number)
-        body = queue.body(number)
-        if body is None:        # queue rm was quicker
-            entry["state"] = "removed"
-            return
-        body = json.loads(body)
-        if entry["tried_at"] or any(entry["units"] & other["units"] for other in self.fresh):
-            self.flush()        # a look must know which runs are others
+def problems_text(problems):
+    """Problems as the reason of an entry; bounded, since a body may have very many."""
+    return storable_text("; ".join(group_issues(problems))[:4000])
 
-        def taken():
-            return {row["run_id"] for row in queue.sql(
-                "SELECT run_id FROM entry WHERE run_id IS NOT NULL AND "
-                "lower(serial_number) = lower(?)", entry["serial_number"])}
-        try:
-            if not entry["run_id"]:
-                entry["run_id"] = self.client.send_create(body, entry["tried_at"], taken)["id"]
-            if entry["files"]:
-                self.flush()
-                queue.change(number, run_id=entry["run_id"])
-                attach(self.client, entry["run_id"], queue.files(number))
-        except QueueUnusable:
-            raise
-        except Error as error:
-            self.failed(entry, body, error)
-            return
-        self.fresh.append(entry)
-        if len(self.fresh) >= BATCH or time.monotonic() - self.flushed > 1:
-            self.flush()
-        self.streak = 0
-        self.sent.append(entry)
-        self.tell(f"sent {entry['serial_number']} {entry['outcome']} as run {entry['run_id']}")
-        entry["state"] = "sent"
 
-    def flush(self):
-        """Commits the receipts of what went. A kill before it costs a look at each, no more."""
-        if not self.fresh:
-            return
-        with self.queue.transaction():
-            unfinished = {row["entry"] for row in
-                          self.queue.sql("SELECT entry FROM file WHERE done = 0")}
-            for entry in self.fresh:
-                if entry["id"] in unfinished:       # it got more files meanwhile
-                    self.queue.change(entry["id"], run_id=entry["run_id"])
-                else:
-                    self.queue.end(entry, "sent")
-        self.fresh, self.flushed = [], time.monotonic()
+def queue_text(meta):
+    """2 waiting, 1 parked, and what a move that was interrupted holds back."""
+    text = f"{meta['waiting']} waiting, {meta['parked']} parked"
+    if meta["moving"]:
+        text += f", {meta['moving']} moving (repeat that move)"
+    return text
 
-    def failed(self, entry, body, error):
-        self.flush()
-        now, url = time.time(), self.client.login.url
-        state, wait, effect = after_failure(
-            error, entry["tries"], now - entry["stored_at"] if body.get("sub_units") else None)
-        unsure = entry["run_id"] or entry["tried_at"] or error.sent
-        told = "; ".join(error.issues[:20] + [" ".join(error.message.split())]).encode(
-            "utf-8", "backslashreplace").decode()
-        entry.update(state=state, error=told,
-                     exit_code=5 if isinstance(error, NotFound) else error.exit_code)
-        self.queue.change(
-            entry["id"], state=state, tries=entry["tries"] + 1, failed_at=now,
-            next_try_at=now + wait, exit_code=entry["exit_code"], error=told[:4000],
-            tried_at=(entry["tried_at"] or now) if unsure else None, origin=url if unsure else None)
-        self.unsent.append(entry)
-        self.streak = self.streak + 1 if effect == "count" else 0
-        self.over = effect == "end" or self.streak >= 3
-        self.tell(f"{state} {entry['serial_number']}: {told[:300]}"
-                  + (f"; next try in {wait:.0f} s" if wait else ""))
+
+def owner_of(path):
+    """The name of a file's owner, or the number of one without a name."""
+    number = os.stat(path).st_uid
+    try:
+        import pwd
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return f"user {number}"
+
+
+def require_correctable(entry):
+    """BadInput unless an entry surely is not on a server, so that it may be changed."""
+    if entry is None:
+        raise BadInput("the entry was removed meanwhile")
+    ref = entry["ref"][:12]
+    if entry["state"] in ENDED:
+        raise BadInput(f"{ref} is {entry['state']}: it is not in the queue any more",
+                       "update-metadata corrects a run on the server; rm deletes it")
+    if entry["state"] == "moving":
+        raise BadInput(f"{ref} is moving to another file", "finish that move, then fix it there")
+    if entry["run_id"]:
+        raise BadInput(f"{ref} is on the server as run {entry['run_id']}; files are missing there",
+                       f"send those first: queue retry {ref}")
+    if entry["tried_at"]:
+        raise BadInput(f"{ref} was sent without an answer: it may be on the server",
+                       f"find out first: queue retry {ref}")
 
 
 def move(queue, path):
-    """Hands all waiting entries to another queue file: how many. Repeatable at every point.
+    """Hands all waiting entries to another queue file. Returns (how many, its path).
 
-    Three commits for each: mark here, insert there, end here. The target is known by its identity
-    (a stick has another path on another machine), a hand-over by the token that goes with it.
+    Three commits for each: mark here, insert there, make a receipt here; repeatable at every point.
+    The target is known by its identity (a stick has another path on another machine), a hand-over
+    by the token that goes with it.
     """
-    with queue.sender() as alone:
-        if not alone:
+    if os.path.isdir(path):
+        path = os.path.join(path, os.path.basename(queue.path))
+    with queue.sender_lock() as is_alone:
+        if not is_alone:
             raise Unavailable("another process is sending this queue", "try again when it is done")
         with Queue(path) as target:
             if target.identity == queue.identity:
                 raise BadInput("source and target are the same queue")
+            mark_moving(queue, target)
+            count = 0
             for entry in queue.entries("state = 'moving'"):
-                identity, _, other = entry["target"].partition(" ")
-                if identity != target.identity:
-                    raise BadInput(
-                        f"a move to another file is not finished: {other}", "move to that file "
-                        "first; if it is lost: queue get REF --json, create it again, queue rm REF")
-            with queue.transaction():
-                queue.sql("UPDATE entry SET state = 'moving', target = ?, hop = ? || id WHERE "
-                          "state = 'waiting'", f"{target.identity} {target.path}",
-                          os.urandom(16).hex())
-            moving = queue.entries("state = 'moving'")
-            for number, entry in enumerate(moving):
-                values = dict(entry, id=None, body=queue.body(entry["id"]), target=None, hop=None,
-                              came=entry["hop"])
-                del values["files"]
-                if values["body"] is None:      # queue rm was quicker
-                    continue
                 try:
-                    target.enter(values, queue.files(entry["id"]))
-                except Error as error:      # full, or gone: what surely is not there stays here
-                    for rest in moving[number:]:
-                        there = target.by_ref(rest["ref"])
-                        if (not there or there["content"] != rest["content"]
-                                or there["state"] == "moved" and there["came"] != rest["hop"]):
-                            queue.change(rest["id"], state="waiting", target=None, hop=None)
-                    error.message += f"\n{number} of {counted(len(moving), 'run')} moved"
-                    raise
-                with queue.transaction():
-                    queue.end(entry, "moved")
-            queue.tidy()
-            return len(moving), target.path
+                    count += hand_over(queue, target, entry)
+                except Damaged as error:
+                    queue.change(entry["id"], state="parked", error=error.text, exit_code=5)
+                except Error as error:
+                    take_back(queue, target)
+                    total = count + sum(1 for _ in queue.entries("state = 'waiting'"))
+                    raise error.with_note(f"{count} of {counted(total, 'run')} moved")
+            queue.purge_expired()
+            return count, target.path
 
 
-# ---- output --------------------------------------------------------------------------------------
+def mark_moving(queue, target):
+    """First commit of a move: from now on the waiting entries cannot be sent from here."""
+    for entry in queue.entries("state = 'moving'"):
+        identity, _, other = entry["target"].partition(" ")
+        if identity != target.identity:
+            raise BadInput(f"a move to another file is not finished: {other}",
+                           "move to that file first; if it is lost, get each run back with\n"
+                           + queue_command("get", "REF", "--json", queue=queue.path))
+    with queue.transaction():
+        queue.sql("UPDATE entry SET state = 'moving', target = ?, hop = ? || id "
+                  "WHERE state = 'waiting'",
+                  f"{target.identity} {target.path}", os.urandom(16).hex())
 
-class Result:
-    """What a command gives to main: a JSON document, lines for people (or a function of the Screen
-    that gives them), rows, exit status. `pages` (ls) are (rows, meta) as they arrive.
 
-    `ids`: what -q prints, if that is not the id of each row.
+def hand_over(queue, target, entry):
+    """Second and third commit of a move, for one entry. Returns 1, or 0 if it was removed."""
+    body = queue.body(entry["id"])
+    if body is None:        # queue rm was quicker
+        return 0
+    values = dict(entry)
+    for name in ("id", "files", "hop"):
+        del values[name]
+    values.update(body=body, state="waiting", target=None, came=entry["hop"])
+    target.insert_or_merge(values, queue.files(entry["id"]), entry["hop"])
+    queue.make_receipt(entry, "moved")
+    return 1
+
+
+def take_back(queue, target):
+    """After a move that failed: what surely did not arrive there waits here again.
+
+    Where the other file cannot be asked, the entries stay as they are, and the move is repeated.
     """
-    error = None        # what is told after all else is written
-
-    def __init__(self, document=None, lines=None, rows=None, ids=None, pages=None, columns=None,
-                 status=0):
-        rows = [document] if rows is None else rows
-        self.document, self.lines, self.ids, self.status = document, lines, ids, status
-        self.pages = pages or [(rows, None)]
-        self.columns = columns or [(key, key) for key in (rows or [{}])[0]]
+    with contextlib.suppress(QueueUnusable):
+        for entry in queue.entries("state = 'moving'"):
+            if not target.has_received(entry["hop"], entry["ref"]):
+                queue.change(entry["id"], state="waiting", target=None, hop=None)
 
 
-RUN_COLUMNS = (("ID", "id"), ("OUTCOME", "outcome"), ("SERIAL", "unit.serial_number"),
-               ("PROCEDURE", "procedure.name"), ("STARTED", "started_at"))
-CSV_COLUMNS = """id outcome unit.serial_number unit.part.number unit.part.revision.number
+# ---- sending -------------------------------------------------------------------------------------
+
+SUB_UNIT_HOURS = 72         # how long a run may wait for the runs of its sub-units
+MOST_LANES = 4              # entries that are sent at the same time
+MOST_FAILURES = 3           # failures in a row that end a pass
+MOST_SUSPECT = 10           # such failures of one entry park it
+CALM_SECONDS = 120          # after a server was overloaded, there is one lane for so long
+
+# What becomes of an entry that failed. state: waiting or parked; wait: seconds until it is due
+# again; effect on the pass: "end", "count" (three in a row end it) or "go on"; is_suspect: whether
+# it may be this one request that something on the way does not like.
+Verdict = collections.namedtuple("Verdict", "state wait effect is_suspect")
+Verdict.__new__.__defaults__ = (0, "go on", False)
+
+
+def judge(error, tries, waited_for_units=None, suspect=0):
+    """The Verdict on an entry that failed with an error after so many tries.
+
+    `waited_for_units`: seconds since a run with sub-units was stored, None for one without;
+    `suspect`: how often it failed in a way that is its own before.
+    """
+    status = error.status
+    retry_wait = delay(tries, 15, getattr(error, "retry_after", None))
+    if isinstance(error, AccessDenied):
+        if status == 403:   # a station key gets it for a procedure that is not linked
+            return Verdict("waiting", MAX_DELAY, "count")
+        return Verdict("waiting", effect="end")
+    if status in (429, 503):
+        return Verdict("waiting", retry_wait, "end")
+    if status in (408, 425):
+        return Verdict("waiting", retry_wait)
+    if isinstance(error, StorageRefused):
+        if (status or 0) >= 500:
+            return Verdict("waiting", retry_wait, "count", is_suspect=True)
+        state = "parked" if suspect + 1 >= MOST_SUSPECT else "waiting"
+        return Verdict(state, retry_wait)
+    if isinstance(error, Unavailable):
+        if not error.maybe_sent and status is None:
+            return Verdict("waiting", effect="end")
+        return Verdict("waiting", retry_wait, "count", is_suspect=True)
+    if waited_for_units is not None and is_about_sub_unit(error):
+        if waited_for_units < SUB_UNIT_HOURS * 3600:
+            return Verdict("waiting", min(900 * 2 ** min(tries, 9), 21600))
+    return Verdict("parked")
+
+
+def is_about_sub_unit(error):
+    """Whether the server says that a sub-unit is not there: its run may come later."""
+    reasons = " ".join([error.message] + error.issues)
+    return error.status in (400, 404) and bool(re.search("(?i)sub.?unit", reasons))
+
+
+def is_due(entry, now):
+    """Whether its wait is over; a clock that was set back does not make it longer."""
+    was_set_back = now < (entry["failed_at"] or 0) - 60
+    return was_set_back or now >= entry["next_try_at"]
+
+
+class Lane:
+    """What one entry at a time is sent with: connections to the queue file and to the server."""
+
+    def __init__(self, path, client):
+        self.queue = Queue(path, must_exist=True)
+        self.client = client.clone(retries=0)
+
+    def close(self):
+        self.queue.close()
+        self.client.close()
+
+    def send(self, entry):
+        """Sends an entry and its files, and makes a receipt of it."""
+        queue, client, number = self.queue, self.client, entry["id"]
+        body = queue.intact_body(entry)
+        if not entry["run_id"]:
+            def known_run_ids():
+                rows = queue.sql("SELECT run_id FROM entry WHERE run_id IS NOT NULL AND "
+                                 "lower(serial_number) = lower(?)", entry["serial_number"])
+                return {row["run_id"] for row in rows}
+
+            def claim():
+                queue.claim(entry, client.login.url)
+            made = client.send_create(body, entry["tried_at"], known_run_ids, claim)
+            entry["run_id"] = made["id"]
+            if entry["files"]:
+                queue.change(number, run_id=entry["run_id"])
+        while True:
+            files = queue.files(number)
+            if files:
+                attach(client, entry["run_id"], files)
+            if queue.make_receipt(entry, "sent"):
+                return
+
+
+class SendPass:
+    """One pass over a queue: what is due is sent, oldest first, up to four entries at a time.
+
+    An entry that shares a unit with an older one that waits or is under way waits for it. Apart
+    from that no entry stops another. It begins with one lane, uses more once an answer came, and
+    one again after 429 or 503. `sent` has the numbers of the entries that went, `failures` the
+    first few as (entry, error text); `exit_codes` those of all failures; `elsewhere` how many wait
+    for each other server.
+    """
+
+    def __init__(self, queue, client, tell=ignore, is_forced=lambda entry: False):
+        """`tell` is called with a line for each entry; forced ones do not wait for their time."""
+        import array
+        import threading
+        self.queue = queue
+        self.client = client
+        self.tell = tell
+        self.is_forced = is_forced
+        self.changed = threading.Condition()
+        self.idle_lanes = []
+        self.in_flight = {}     # number of an entry under way: its units
+        self.width = 1          # how many may be under way
+        self.is_calm = False    # whether it stays at one
+        self.blocked = set()    # units whose older entry waits
+        self.suspects = []      # numbers of entries that failed before one was sent
+        self.failures_in_a_row = 0
+        self.is_stopped = False
+        self.crash = None       # what ended the pass other than an answer
+        self.sent = array.array("q")
+        self.failures = []
+        self.exit_codes = set()
+        self.elsewhere = collections.Counter()
+
+    def run(self):
+        """False where another process is sending this queue."""
+        with self.queue.sender_lock() as is_alone:
+            if is_alone:
+                self.queue.drop_half_stored()
+                self.send_all()
+                self.queue.purge_expired()
+            return is_alone
+
+    def send_all(self):
+        self.is_calm = self.was_overloaded()
+        try:
+            for entry in self.queue.entries("state = 'waiting'"):
+                if self.is_stopped:
+                    break
+                try:
+                    self.consider(entry)
+                except (TypeError, ValueError, AttributeError) as error:
+                    with self.changed:
+                        self.fail(self.queue, entry, error)
+            self.wait_until(lambda: not self.in_flight)
+        finally:
+            self.is_stopped = True      # a lane that is under way finishes its entry
+            with self.changed:
+                for lane in self.idle_lanes:
+                    lane.close()
+        if self.crash:
+            raise self.crash
+        for server, count in self.elsewhere.items():
+            self.exit_codes.add(6)
+            self.tell(f"{counted(count, 'run')} waiting for {server}: name it with --url")
+
+    def was_overloaded(self):
+        """Whether the server had too much to do a short time ago: then one lane is enough."""
+        since = time.time() - CALM_SECONDS
+        for state, order in (("waiting", "ASC"), ("sent", "DESC")):
+            rows = self.queue.sql("SELECT status, failed_at FROM entry WHERE state = ? "
+                                  f"ORDER BY id {order} LIMIT {WINDOW}", state)
+            for row in rows:
+                if row["status"] in (429, 503) and (row["failed_at"] or 0) > since:
+                    return True
+        return False
+
+    def consider(self, entry):
+        """Starts to send an entry if it is due and no older one stands before it."""
+        units = units_of(entry)
+        server = bound_server(entry)
+        if server not in (None, self.client.login.url):
+            self.elsewhere[server] += 1
+            self.blocked |= units
+            return
+        if not self.is_forced(entry) and not is_due(entry, time.time()):
+            self.blocked |= units
+            return
+        self.wait_until(lambda: self.has_room_for(units))
+        if self.is_stopped:
+            return
+        if units & self.blocked:
+            self.blocked |= units
+            return
+        self.in_flight[entry["id"]] = units
+        try:
+            start_thread(self.work, entry)
+        except RuntimeError:    # no thread can be had: then one after the other
+            self.work(entry)
+
+    def has_room_for(self, units):
+        """Whether an entry of these units may go out beside those under way."""
+        if len(self.in_flight) >= self.width:
+            return False
+        for others in self.in_flight.values():
+            if units & others:
+                return False
+        return True
+
+    def wait_until(self, holds):
+        """Waits for lanes to come to an end; in short steps, so that Windows lets Ctrl-C in."""
+        with self.changed:
+            while not holds() and not (self.is_stopped and not self.in_flight):
+                self.changed.wait(0.2)
+
+    def work(self, entry):
+        """Sends one entry in a lane, and notes what came of it. Runs in a thread of its own."""
+        lane = error = None
+        try:
+            with self.changed:
+                lane = self.idle_lanes.pop() if self.idle_lanes else None
+            lane = lane or Lane(self.queue.path, self.client)
+            lane.send(entry)
+        except Removed:
+            entry["state"] = "removed"
+        except Exception as failure:
+            error = failure
+        with self.changed:
+            try:
+                self.finish(lane, entry, error)
+            except Exception as failure:
+                self.crash = failure
+                self.is_stopped = True
+            del self.in_flight[entry["id"]]
+            if lane and self.is_stopped:
+                lane.close()
+            elif lane:
+                self.idle_lanes.append(lane)
+            self.changed.notify_all()
+
+    def finish(self, lane, entry, error):
+        """Takes down what came of an entry; the pass may end with it."""
+        if error is None and entry["state"] != "removed":
+            self.failures_in_a_row = 0
+            self.sent.append(entry["id"])
+            self.count_suspects(lane.queue)
+            self.tell(f"sent {entry['serial_number']} {entry['outcome']} as run "
+                      f"{entry['run_id']}")
+        elif isinstance(error, QueueUnusable) or error is not None and lane is None:
+            self.crash = error
+            self.is_stopped = True
+        elif error is not None:
+            self.fail(lane.queue, entry, error)
+        has_answered = error is None or getattr(error, "status", None)
+        if lane and lane.client.transport.was_overloaded:
+            self.width = 1
+        elif has_answered and not self.is_calm:
+            self.width = MOST_LANES
+
+    def fail(self, queue, entry, error):
+        """Commits what becomes of an entry that failed, and what the pass does then."""
+        if not isinstance(error, Error):
+            error = Damaged(f"unexpected {type(error).__name__}: {error}")
+        now = time.time()
+        waited = None
+        if entry_has_sub_units(queue, entry):
+            waited = now - number_in(entry, "stored_at")
+        tries = number_in(entry, "tries")
+        suspect = number_in(entry, "suspect")
+        verdict = judge(error, tries, waited, suspect)
+        reason = reason_text(error)
+        exit_code = error.exit_code
+        if exit_code not in (3, 6):
+            exit_code = 5
+        tried_at = origin = None
+        if entry["run_id"] or entry["tried_at"] or error.maybe_sent:
+            tried_at = entry["tried_at"] or now
+            origin = self.client.login.url
+        queue.change(
+            entry["id"], state=verdict.state, tries=tries + 1, failed_at=now, status=error.status,
+            next_try_at=now + verdict.wait, exit_code=exit_code, error=reason[:4000],
+            tried_at=tried_at, origin=origin)
+        if verdict.is_suspect:
+            self.suspects.append(entry["id"])
+            if self.sent:
+                self.count_suspects(queue)
+        elif isinstance(error, StorageRefused):
+            queue.change(entry["id"], suspect=suspect + 1)
+        self.exit_codes.add(exit_code)
+        if len(self.failures) < MOST_FAILURES:
+            self.failures.append((entry, reason))
+        if verdict.state == "waiting":
+            self.block(entry, exit_code)
+        self.count_failure(verdict)
+        text = f"{verdict.state} {entry['serial_number']}: {reason[:300]}"
+        if verdict.wait:
+            text += f"; next try in {verdict.wait:.0f} s"
+        self.tell(text)
+
+    def block(self, entry, exit_code):
+        """From now on younger runs of the same units wait.
+
+        Where the entry waits for the runs of its sub-units (5), those may pass.
+        """
+        if exit_code == 5:
+            self.blocked.add(str(entry["serial_number"]).lower())
+        else:
+            self.blocked |= units_of(entry)
+
+    def count_failure(self, verdict):
+        """The pass ends with three failures in a row, or with one that ends it alone."""
+        if verdict.effect == "count":
+            self.failures_in_a_row += 1
+        else:
+            self.failures_in_a_row = 0
+        if verdict.effect == "end" or self.failures_in_a_row >= MOST_FAILURES:
+            self.is_stopped = True
+
+    def count_suspects(self, queue):
+        """Counts the failures of entries while others are sent; ten of them park one."""
+        for number in self.suspects:
+            queue.sql("UPDATE entry SET suspect = suspect + 1 WHERE id = ?", number)
+            queue.sql("UPDATE entry SET state = 'parked', exit_code = 5 WHERE id = ? AND "
+                      "state = 'waiting' AND suspect >= ?", number, MOST_SUSPECT)
+            if queue.sql("SELECT changes()")[0][0]:
+                self.exit_codes.add(5)
+        self.suspects = []
+
+
+def units_of(entry):
+    """The serial numbers in an entry; none where the column is damaged."""
+    try:
+        return set(json.loads(entry["units"]))
+    except (TypeError, ValueError):
+        return set()
+
+
+def number_in(entry, name):
+    """A number of an entry; 0 where the column is empty or damaged."""
+    return entry[name] if is_number(entry[name]) else 0
+
+
+def entry_has_sub_units(queue, entry):
+    try:
+        body = json.loads(queue.body(entry["id"]) or "{}")
+        return bool(body.get("sub_units"))
+    except (ValueError, AttributeError):
+        return False
+
+
+def reason_text(error):
+    """Why an entry failed, as one line that can be stored."""
+    reasons = group_issues(error.issues)[:20]
+    reasons.append(" ".join(error.text.split()))
+    return storable_text("; ".join(reasons))
+
+
+def store(body: dict, files=(), queue: str = None, url: str = None) -> dict:
+    """Stores a run in a queue file, to be sent later: as `create --offline`, without a process.
+
+    `body` is the request of a create (times as datetime or text), `files` are paths or (name,
+    bytes), `queue` the file (None: as on the command line), `url` the server that the run is for.
+    Returns {"client_run_ref", "state", "problems"}: what is wrong with the content is told there
+    and parks the run. Unavailable where the queue cannot be written: the run is NOT stored;
+    BadInput where the body is no dict.
+    """
+    if not isinstance(body, dict):
+        raise BadInput("the body of a run must be a dict")
+    values = {str(key): value for key, value in body.items()}
+    wire, findings = examine("create", values)
+    problems = findings.problems
+    opened, unreadable = open_files(files)
+    server = named_server(url, allow_http=True, warn=ignore)
+    with Queue(queue or default_queue()) as queue_file:
+        stored = queue_file.store(storable_request(wire), opened, server, problems)
+    left_out = unreadable + stored.left_out
+    problems = problems + left_out_problems(left_out)
+    entry = stored.entry
+    return {"client_run_ref": entry["ref"], "state": entry["state"], "problems": problems}
+
+
+def left_out_problems(left_out):
+    """The files that were left out of a run, as problems."""
+    return [f"{name}: left out, {reason}" for name, reason in left_out]
+
+
+def storable_request(wire):
+    """A request as JSON that can be stored, whatever is wrong with it."""
+    body = storable(wire)
+    if not isinstance(body.get("client_run_ref"), str):
+        body.pop("client_run_ref", None)
+    return body
+
+
+def open_files(files):
+    """([file], [(name, reason)] of those that cannot be read) of paths or (name, bytes)."""
+    opened, unreadable = [], []
+    for item in files:
+        try:
+            if isinstance(item, tuple):
+                opened.append(MemoryFile(*item))
+            else:
+                opened.append(LocalFile(os.fspath(item)))
+        except BadInput as error:
+            unreadable.append((os.path.basename(str(item)), error.message))
+    return opened, unreadable
+
+
+# ---- screens -------------------------------------------------------------------------------------
+
+Column = collections.namedtuple("Column", "title path importance kind")
+Column.__doc__ = """A column of a table. `path` is the dotted path of its value.
+
+Where a terminal has too little room the column of the least `importance` goes first; of equal
+ones the last. `kind`: "fixed" is never cut, "shared" gets a share of the room, "extra" is shown
+only where nothing has to be cut for it.
+"""
+RUN_COLUMNS = (Column("ID", "id", 3, "fixed"), Column("OUTCOME", "outcome", 5, "fixed"),
+               Column("SERIAL", "unit.serial_number", 4, "shared"),
+               Column("PROCEDURE", "procedure.name", 1, "shared"),
+               Column("STARTED", "started_at", 2, "fixed"),
+               Column("PART", "unit.part.number", 0, "extra"),
+               Column("DURATION", "duration", 0, "extra"),
+               Column("STATION", "created_by_station.name", 0, "extra"))
+QUEUE_COLUMNS = (Column("REF", "client_run_ref", 6, "fixed"), Column("STATE", "state", 5, "fixed"),
+                 Column("OUTCOME", "outcome", 4, "fixed"),
+                 Column("SERIAL", "serial_number", 3, "shared"),
+                 Column("STORED", "stored_at", 1, "fixed"), Column("TRIES", "tries", 0, "fixed"),
+                 Column("ERROR", "error", 2, "shared"))
+RUN_ID_COLUMN = Column("RUN", "run_id", 5, "fixed")
+RECEIPT_COLUMNS = QUEUE_COLUMNS[:2] + (RUN_ID_COLUMN,) + QUEUE_COLUMNS[2:]
+SENT_COLUMNS = ("client_run_ref", "id")
+RUN_CSV_COLUMNS = """id outcome unit.serial_number unit.part.number unit.part.revision.number
     unit.batch.number procedure.id procedure.name procedure.version.tag started_at ended_at
     duration created_by_station.name operated_by.name""".split()
-COLOURS = dict(PASS=32, FAIL=31, ERROR=35, TIMEOUT=35, ABORTED=33, SKIP=33, UNSET=33)
+MEASUREMENT_COLUMNS = """run_id serial_number procedure started_at phase attempt name value units
+    limits outcome""".split()
+COLOURS = {"PASS": 32, "FAIL": 31, "ERROR": 35, "TIMEOUT": 35, "ABORTED": 33, "SKIP": 33,
+           "UNSET": 33, "WARN": 33}
+LEAST_WIDTH = 8             # columns of a terminal that a shared column keeps
+WORKBOOK_ROWS = 1 << 20     # rows of a sheet
+WORKBOOK_TEXT = 32767       # characters of a cell
+
+
+def as_column(item):
+    """A Column from itself, a (title, path), or a path alone."""
+    if isinstance(item, Column):
+        return item
+    title, path = (item, item) if isinstance(item, str) else item
+    is_fixed = path.endswith(("outcome", "id", "_at", "_ref"))
+    return Column(title, path, 0, "fixed" if is_fixed else "shared")
+
+
+def as_windows(rows):
+    """Lists of rows, one after the other, from one list or from an iterator of lists."""
+    return [rows] if isinstance(rows, (list, tuple)) else rows
+
+
+class Result:
+    """What a command returns; a Screen writes it.
+
+    `status` is the exit status, or a function that gives it once all is written. `error` is an
+    Error that is told after all else is written.
+    """
+    error = None
+
+    def __init__(self, windows, columns, status):
+        self.windows = windows      # lists of rows, as they come
+        self.columns = [as_column(item) for item in columns]
+        self.csv_columns = [column.path for column in self.columns]
+        self.status = status
+        self.document = {}          # JSON: all of it, or what stands beside "data"
+        self.lines = None           # texts, or a function of the Screen
+        self.ids = None             # what -q prints; None: the ID of each row
+        self.id_key = "id"          # where a row has its ID
+        self.rows_key = "data"      # JSON: where the document has the rows
+        self.is_logged = False      # people have read it all in a log already
+        self.report_lines = None    # for runs: a function of a run and the Screen
+        self.has_runs = False       # whole runs, whose measurements are the rows of a spreadsheet
+        self.is_single = False      # JSON: the object itself
+
+    @classmethod
+    def text(cls, document, lines, ids=None, rows=None, status=0):
+        """A JSON document that people read as lines. `rows` are for CSV and its like."""
+        rows = [document] if rows is None else list(rows)
+        result = cls([rows], list(rows[0]) if rows else [], status)
+        result.document = document
+        result.lines = lines
+        result.ids = ids
+        return result
+
+    @classmethod
+    def table(cls, document, rows, columns, id_key="id", rows_key="data", is_logged=False,
+              status=0):
+        """Rows in a list, or lists of rows as they come; `document` has what JSON adds to them.
+
+        What stands under `rows_key` there is written from the rows.
+        """
+        result = cls(as_windows(rows), columns, status)
+        result.document = document
+        result.id_key = id_key
+        result.rows_key = rows_key
+        result.is_logged = is_logged
+        return result
+
+    @classmethod
+    def pages(cls, pages, columns, csv_columns=None, status=0):
+        """Pages of a list, (rows, meta), as they arrive."""
+        result = cls((), columns, status)
+        result.document = {"meta": lambda: result.last_meta}
+        result.last_meta = {"has_more": False, "next_cursor": None}
+        result.windows = result.read_pages(pages)
+        result.csv_columns = csv_columns or RUN_CSV_COLUMNS
+        return result
+
+    @classmethod
+    def runs(cls, runs, report_lines, single, status=0):
+        """Whole runs as they come. People read report_lines(run, screen), a spreadsheet gets a row
+        for each measurement, JSON has the server's object, in "data" unless `single`."""
+        result = cls(([run] for run in runs), [], status)
+        result.csv_columns = MEASUREMENT_COLUMNS
+        result.report_lines = report_lines
+        result.has_runs = True
+        result.is_single = single
+        return result
+
+    def exit_status(self):
+        """The exit status, once all is written."""
+        return self.status() if callable(self.status) else self.status
+
+    def read_pages(self, pages):
+        try:
+            for rows, self.last_meta in pages:
+                yield rows
+        except Error as error:
+            self.last_meta = {"has_more": True, "next_cursor": error.cursor}
+            raise
+
+
+class ColumnPath:
+    """A dotted path, split once, and whether it was there in the rows seen."""
+
+    def __init__(self, path):
+        self.path = path
+        self.keys = path.split(".")
+        self.depth = 0              # how many of the keys were ever there
+        self.is_missing = False     # an object was there that does not hold the next key
+        self.siblings = set()       # what such objects hold instead
+
+    def value(self, row):
+        for key in self.keys:
+            if not isinstance(row, dict):
+                return None
+            row = row.get(key)
+        return row
+
+    def observe(self, row):
+        """Remembers how far the path leads in this row."""
+        if self.depth == len(self.keys):
+            return
+        for depth, key in enumerate(self.keys):
+            if not isinstance(row, dict):
+                return
+            if key not in row:
+                if depth == self.depth:
+                    self.is_missing = True
+                    self.siblings.update(list(row)[:1000 - len(self.siblings)])
+                return
+            if depth == self.depth:
+                self.depth += 1
+                self.is_missing = False
+                self.siblings = set()
+            row = row[key]
+
+    def warning(self):
+        """What to tell about a path that no object holds, or None."""
+        if not self.is_missing:
+            return None
+        guess = closest(self.keys[self.depth], sorted(self.siblings))
+        text = f"--columns: {self.path} is in none of the rows"
+        if guess is None:
+            return text
+        meant = list(self.keys)
+        meant[self.depth] = guess
+        return f"{text}; did you mean {'.'.join(meant)}?"
+
+
+class Screen:
+    """Writes a Result as table or text, JSON, JSON lines, CSV or a workbook.
+
+    `columns` is the text of --columns, `warn` a function that tells a warning.
+    """
+
+    def __init__(self, stream, format="table", columns=None, quiet=False, warn=lambda text: None):
+        self.stream = stream
+        self.format = format
+        self.is_quiet = quiet
+        self.warn = warn
+        self.asked = []
+        if columns:
+            self.asked = [path.strip() for path in columns.split(",")]
+        self.paths = []
+        self.tty = format == "table" and isatty(stream)
+        self.width = terminal_width() if self.tty else 0
+        wants_colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.colour = self.tty and wants_colour and console_takes_colour()
+
+    def write(self, result):
+        if self.format == "xlsx" and not self.is_quiet and isatty(self.stream):
+            raise BadInput("xlsx needs --out or a pipe", "such as --out runs.xlsx")
+        if self.is_quiet:
+            self.write_ids(result)
+        else:
+            writers = {"json": self.write_json, "jsonl": self.write_json_lines,
+                       "csv": self.write_csv, "xlsx": self.write_workbook}
+            writers.get(self.format, self.write_for_people)(result)
+        self.stream.flush()
+        for path in self.paths if self.asked else ():
+            warning = path.warning()
+            if warning:
+                self.warn(warning)
+
+    def put(self, lines):
+        self.stream.write("".join(f"{line}\n" for line in lines))
+        self.stream.flush()
+
+    def write_ids(self, result):
+        for rows in result.windows:
+            if result.ids is None:
+                self.put(printable(row.get(result.id_key)) for row in rows)
+        if result.ids is not None:
+            self.put(printable(id) for id in result.ids)
+
+    def write_json(self, result):
+        if result.is_single:
+            for rows in result.windows:
+                self.put(dump_json(row, 2) for row in rows)
+        elif result.lines is not None:
+            self.put([dump_json(result.document, 2)])
+        else:
+            self.stream_json(result)
+
+    def stream_json(self, result):
+        """{"data": [...], "meta": {...}} as it arrives; closed properly when a page fails."""
+        separator = "\n"
+        self.stream.write(f"{{{dump_json(result.rows_key)}: [")
+        try:
+            for rows in result.windows:
+                if rows:
+                    self.stream.write(separator + ",\n".join(map(dump_json, rows)))
+                    separator = ",\n"
+                self.stream.flush()
+        finally:
+            self.stream.write("\n]")
+            for key, value in result.document.items():
+                value = value() if callable(value) else value
+                self.stream.write(f", {dump_json(key)}: {dump_json(value)}")
+            self.stream.write("}\n")
+
+    def write_json_lines(self, result):
+        self.paths = [ColumnPath(path) for path in self.asked]
+        for rows in self.rows_of(result, with_points=True):
+            if self.asked:
+                rows = [dict(zip(self.asked, self.values(row))) for row in rows]
+            self.put(map(dump_json, rows))
+
+    def rows_of(self, result, with_points=False):
+        """Lists of the rows of the result; of runs those of their measurements, unless columns are
+        asked for."""
+        for rows in result.windows:
+            if result.has_runs and not self.asked:
+                for run in rows:
+                    yield measurement_rows(run, with_points=with_points)
+            else:
+                yield rows
+
+    def values(self, row):
+        """The values of a row at the paths."""
+        if self.asked:
+            for path in self.paths:
+                path.observe(row)
+        return [path.value(row) for path in self.paths]
+
+    def write_csv(self, result):
+        import csv
+        self.paths = [ColumnPath(path) for path in self.asked or result.csv_columns]
+        writer = csv.writer(self.stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer.writerow([csv_text(path.path) for path in self.paths])
+        for rows in self.rows_of(result):
+            writer.writerows([csv_text(value) for value in self.values(row)] for row in rows)
+            self.stream.flush()
+
+    def write_workbook(self, result):
+        paths = self.asked or result.csv_columns
+        self.paths = [ColumnPath(path) for path in paths]
+        with Workbook(getattr(self.stream, "buffer", self.stream), paths) as book:
+            for rows in self.rows_of(result):
+                for row in rows:
+                    book.write(self.values(row))
+
+    def write_for_people(self, result):
+        if self.asked:
+            self.write_table(result, [as_column(path) for path in self.asked])
+        elif result.has_runs:
+            self.write_reports(result)
+        elif result.is_logged:
+            return
+        elif result.lines is None:
+            self.write_table(result, result.columns)
+        elif callable(result.lines):
+            self.put(result.lines(self))
+        else:
+            self.put(map(printable, result.lines))
+
+    def write_reports(self, result):
+        is_first = True
+        for rows in result.windows:
+            for run in rows:
+                if not is_first:
+                    self.put([""])
+                is_first = False
+                self.put(result.report_lines(run, self))
+
+    def write_table(self, result, columns):
+        """A table fitted to the terminal, from the first rows on; tabs between in a pipe."""
+        if not self.tty:
+            columns = [column for column in columns if column.kind != "extra"]
+        self.paths = [ColumnPath(column.path) for column in columns]
+        table = [[printable(column.title) for column in columns]]
+        widths = None
+        for rows in result.windows:
+            for row in rows:
+                table.append([format_cell(value, path.path, self.tty)
+                              for value, path in zip(self.values(row), self.paths)])
+            if self.tty and widths is None:
+                widths = column_widths(table, columns, self.width, keep_all=bool(self.asked))
+            self.put(self.table_line(line, widths) for line in table)
+            table = []
+        self.put("\t".join(line) for line in table)     # no rows at all
+
+    def table_line(self, line, widths):
+        if widths is None:
+            return "\t".join(line)
+        cells = []
+        for number, width in widths:
+            text = truncate(line[number], width)
+            if self.paths[number].path == "outcome":
+                text = self.paint(text)
+            cells.append(text)
+        return "  ".join(cells).rstrip()
+
+    def paint(self, text):
+        """An outcome in its colour, where this screen has colours."""
+        return colorize(text) if self.colour else text
+
+
+def error_text(error):
+    """What people read of an Error: what failed, why, what to do next."""
+    lines = error.text.split("\n")
+    kinds = group_issues(error.issues)
+    lines += [printable(kind, 500) for kind in kinds[:20]]
+    if len(kinds) > 20:
+        lines.append(f"and {len(kinds) - 20} more kinds of problem (all of them with --json)")
+    for number, line in enumerate(filter(None, error.hint.split("\n"))):
+        lines.append(line if number else "Fix: " + line)
+    return "error: " + "\n  ".join(printable(line) for line in lines)
 
 
 def isatty(stream):
@@ -2188,100 +5191,25 @@ def isatty(stream):
         return False
 
 
-class Screen:
-    """Writes a Result as a table or text, JSON, JSON lines or CSV, to a terminal, pipe or file."""
-
-    def __init__(self, stream, format="table", columns=None, quiet=False):
-        self.stream, self.format, self.quiet = stream, format, quiet
-        self.columns = [(path.strip(),) * 2 for path in columns.split(",")] if columns else []
-        self.tty = format == "table" and isatty(stream)
-        self.width = terminal_width() if self.tty else 0
-        self.colour = (self.tty and not os.environ.get("NO_COLOR")
-                       and os.environ.get("TERM") != "dumb" and console_takes_colour())
-
-    def write(self, result):
-        put, lines = self.stream.write, result.lines
-        if self.quiet:
-            for rows, _ in result.pages:
-                ids = [row.get("id") for row in rows] if result.ids is None else result.ids
-                put("".join(f"{shown(id)}\n" for id in ids))
-                self.stream.flush()
-        elif self.format == "json" and result.document is None:
-            self.write_pages(result.pages)
-        elif self.format == "json":
-            put(dump_json(result.document, 2) + "\n")
-        elif self.format == "jsonl":
-            for rows, _ in result.pages:
-                put("".join(dump_json({path: dig(row, path) for path, _ in self.columns} or row)
-                            + "\n" for row in rows))
-                self.stream.flush()
-        elif self.format == "table" and lines is not None and not self.columns:
-            lines = lines(self) if callable(lines) else map(shown, lines)
-            put("".join(f"{line}\n" for line in lines))
-        else:
-            write = self.write_csv if self.format == "csv" else self.write_rows
-            write(result.pages, self.columns or result.columns)
-        self.stream.flush()
-
-    def write_pages(self, pages):
-        """{"data": [...], "meta": {...}} as it arrives; closed properly when a page fails."""
-        meta, comma = {"has_more": False, "next_cursor": None}, ""
-        self.stream.write('{"data": [')
-        try:
-            for rows, meta in pages:
-                if rows:
-                    self.stream.write(comma + "\n" + ",\n".join(map(dump_json, rows)))
-                    comma = ","
-                self.stream.flush()
-        except Error as error:
-            meta = {"has_more": True, "next_cursor": error.cursor}
-            raise
-        finally:
-            self.stream.write(f'\n], "meta": {dump_json(meta)}}}\n')
-
-    def write_rows(self, pages, columns):
-        """A table, with tabs where it is no terminal's."""
-        kept, paths = None, [path for _, path in columns]
-        table = [[title for title, _ in columns]]
-        for rows, _ in pages:
-            table += [[cell(dig(row, path), path, self.tty) for path in paths] for row in rows]
-            if self.tty:
-                kept = kept or fit(table, columns, self.width, bool(self.columns))
-            for line in table:
-                if self.tty:
-                    line = "  ".join(self.paint(cut(line[i], width), paths[i])
-                                     for i, width in kept).rstrip()
-                else:
-                    line = "\t".join(line)
-                self.stream.write(line + "\n")
-            self.stream.flush()
-            table = []
-
-    def write_csv(self, pages, columns):
-        import csv
-        paths = CSV_COLUMNS if columns is RUN_COLUMNS else [path for _, path in columns]
-        writer = csv.writer(self.stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
-        writer.writerow(map(csv_text, paths))
-        for rows, _ in pages:
-            writer.writerows([csv_text(dig(row, path)) for path in paths] for row in rows)
-            self.stream.flush()
-
-    def paint(self, text, path="outcome"):
-        """An outcome in its colour, anything else as it is."""
-        code = self.colour and path == "outcome" and COLOURS.get(text.strip())
-        return f"\x1b[{code}m{text}\x1b[0m" if code else text
+def drop_stdout():
+    """What is still to be written to stdout goes nowhere: it is closed, or its disk is full."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def terminal_width():
-    """As in shutil, whose import takes longer than all of this."""
+    """Columns of the terminal. As in shutil, whose import takes longer than all of this."""
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        return (int(os.environ.get("COLUMNS") or 0)
-                or os.get_terminal_size(sys.__stdout__.fileno()).columns or 80)
+        given = int(os.environ.get("COLUMNS") or 0)
+        return given or os.get_terminal_size(sys.__stdout__.fileno()).columns or 80
     return 80
 
 
 def console_takes_colour():
-    if os.name != "nt":
+    """Whether SGR sequences work here; Windows has to be asked for them."""
+    if not ON_WINDOWS:
         return True
     with contextlib.suppress(ImportError, AttributeError, OSError):
         import ctypes
@@ -2290,66 +5218,114 @@ def console_takes_colour():
     return False
 
 
-def cells(text):
-    """Columns of a terminal that a text takes."""
+def colorize(text):
+    r"""An outcome in its colour; any other text as it is.
+
+    >>> colorize("FAIL "), colorize("odd")
+    ('\x1b[31mFAIL \x1b[0m', 'odd')
+    """
+    code = COLOURS.get(text.strip())
+    return text if code is None else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def character_width(character):
+    import unicodedata
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def display_width(text):
+    """Columns of a terminal that a text takes.
+
+    >>> display_width("abc"), display_width("\u6e2c\u8a66")
+    (3, 4)
+    """
     if max(text, default="") < "\u0300":
         return len(text)
-    import unicodedata
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF"
-               else 1 for c in text)
+    return sum(map(character_width, text))
 
 
-def cut(text, width):
-    """Text in exactly so many columns, cut with ... where it is longer."""
-    if cells(text) > width:
-        while text and cells(text) > width - 3:
-            text = text[:-1]
-        text = (text + "...")[:width]
-    return text + " " * (width - cells(text))
+def truncate(text, width):
+    """Text in exactly so many columns, cut with ... where it is longer.
 
-
-def fit(lines, columns, width, keep_all):
-    """[(number of a column, its width)] of a table on a terminal; IDs, outcomes, times stay whole.
-
-    The others share what is left, 8 at least; then the procedure goes, the time, the serial
-    number; a queue's table loses its last columns, what was asked for (`keep_all`) none.
+    >>> truncate("PSU-A-99", 10), truncate("PSU-A-99", 6)
+    ('PSU-A-99  ', 'PSU...')
     """
-    need, keep = [max(map(cells, texts)) for texts in zip(*lines)], list(range(len(columns)))
-    drop = keep[:0:-1]          # from the last one on, never the first
-    if columns is RUN_COLUMNS:
-        drop = [3, 4, 2]        # PROCEDURE, STARTED, SERIAL
-    if keep_all:
-        drop = []
-    hard = [i for i in keep if columns[i][1].endswith(("outcome", "id", "_at", "_ref"))]
-    while True:
-        free = width - 1 - 2 * (len(keep) - 1) - sum(need[i] for i in keep if i in hard)
-        shares = sorted((i for i in keep if i not in hard), key=need.__getitem__)
-        if sum(min(need[i], 8) for i in shares) <= free or not drop:
+    taken = display_width(text)
+    if taken > width:
+        end = taken = 0
+        for character in text:      # from the front: a long text costs no more than its cut
+            taken += character_width(character)
+            if taken > width - 3:
+                break
+            end += 1
+        text = (text[:end] + "...")[:width]
+        taken = display_width(text)
+    return text + " " * (width - taken)
+
+
+def column_widths(lines, columns, width, keep_all=False):
+    """[(number of a column, its width)] of a table on a terminal, the columns that find room.
+
+    `lines` are the cells of the header and of the first rows. `keep_all`: none is dropped.
+    """
+    need = [max(map(display_width, texts)) for texts in zip(*lines)]
+    kept = list(range(len(columns)))
+    while not keep_all and len(kept) > 1:
+        if least_width(kept, need, columns) < width:
             break
-        keep.remove(drop.pop(0))
-    for number, i in enumerate(shares):       # the short ones first
-        need[i] = min(need[i], max(8, free // (len(shares) - number)))
+        least_important = min(kept, key=lambda i: (columns[i].importance, -i))
+        kept.remove(least_important)
+    shared = [i for i in kept if columns[i].kind != "fixed"]
+    gaps = 2 * (len(kept) - 1)
+    fixed = sum(need[i] for i in kept if i not in shared)
+    free = width - 1 - gaps - fixed
+    shared.sort(key=need.__getitem__)       # what the short ones leave goes to the long ones
+    for number, i in enumerate(shared):
+        share = free // (len(shared) - number)
+        need[i] = min(need[i], max(LEAST_WIDTH, share))
         free -= need[i]
-    if len(keep) == 2 and columns is RUN_COLUMNS:
-        keep.reverse()          # OUTCOME, then the ID, which is the longer one
-    return [(i, need[i]) for i in keep]
+    return [(i, need[i]) for i in kept]
 
 
-def cell(value, path, tty):
+def least_width(kept, need, columns):
+    """Columns of the terminal that these columns of a table take at least."""
+    has_extra = any(columns[i].kind == "extra" for i in kept)
+    total = 2 * (len(kept) - 1)
+    for i in kept:
+        can_shrink = columns[i].kind == "shared" and not has_extra
+        total += min(need[i], LEAST_WIDTH) if can_shrink else need[i]
+    return total
+
+
+def format_cell(value, path, is_terminal):
     """A value in a table: as people write it on a terminal, whole and in UTC in a pipe."""
     if value is None:
-        return "-" if tty else ""
-    if path.endswith("_at") and epoch(value) is not None:
-        return ago(time.time() - epoch(value)) if tty else instant(value)
-    if tty and path == "client_run_ref":
-        return shown(value)[:12]
-    return duration_text(value) if path.endswith("duration") and tty else shown(value)
+        return "-" if is_terminal else ""
+    if path.endswith("_at"):
+        at = epoch(value)
+        if at is not None:
+            return ago(time.time() - at) if is_terminal else utc_text(value)
+    if is_terminal and path.endswith("client_run_ref"):
+        return printable(value)[:12]
+    if is_terminal and path.endswith("duration"):
+        return duration_text(value)
+    return printable(value)
 
 
 def ago(seconds):
-    """2m ago, 3h ago; in 5m for what is to come."""
-    unit = next((unit for unit in "dhm" if abs(seconds) >= 2 * _SECONDS[unit]), "s")
-    text = f"{int(abs(seconds) // _SECONDS[unit])}{unit}"
+    """How long ago, or in how long.
+
+    >>> ago(150), ago(7200), ago(-300)
+    ('2m ago', '2h ago', 'in 5m')
+    """
+    size = abs(seconds)
+    unit = "s"
+    for longer in "mhd":
+        if size >= 2 * _SECONDS[longer]:
+            unit = longer
+    text = f"{int(size // _SECONDS[unit])}{unit}"
     return f"{text} ago" if seconds >= 0 else f"in {text}"
 
 
@@ -2359,1129 +5335,2464 @@ def csv_text(value):
     >>> csv_text("-12.5"), csv_text("=1+1"), csv_text({"a": 1})
     ('-12.5', "'=1+1", '{"a": 1}')
     """
+    if value is None:
+        return ""
     if not isinstance(value, str):
-        return "" if value is None else dump_json(value)
-    text = shown(value, keep="\t\n")
+        return dump_json(value)
+    text = printable(value, keep="\t\n")
     if re.match("[\t\r\n]|\\s*[-=+@\uff1d\uff0b\uff0d\uff20]", value):
         try:
             float(value)
         except ValueError:
-            text = "'" + text
+            return "'" + text
     return text
 
 
-def report(run, screen, link, failed_only, logs):
-    """The lines of a run for people: verdict, unit, times, phases, measurements, files, logs."""
-    def text(path, before=""):
-        value = dig(run, path)
-        return "" if value in (None, "") else before + shown(value)
+def series_length(row):
+    """How many points the series of a measurement have, or None where it has none."""
+    series = only_dicts(row.get("data_series"))
+    if not series:
+        return None
+    longest = 0
+    for part in series:
+        data = part.get("data")
+        if isinstance(data, list):
+            longest = max(longest, len(data))
+    return longest
 
-    def when(name):
-        at = epoch(run.get(name))
-        if at is None or not screen.tty:
-            return text(name) if at is None else instant(run[name])
-        local = datetime.datetime.fromtimestamp(at, _UTC).astimezone().isoformat(" ", "seconds")
-        return f"{local[:19]} {local[19:]} ({ago(time.time() - at)})"
-    yield "  ".join(filter(None, [
-        screen.paint(text("outcome")), text("unit.serial_number"),
-        text("procedure.name") + text("procedure.version.tag", " "),
-        duration_text(run.get("duration"))]))
+
+def attempt_of(phase):
+    """1 for the first try of a phase."""
+    retries = phase.get("retry_count")
+    return retries + 1 if is_number(retries) else 1
+
+
+def expressions_of(row):
+    """The expressions of the validators of a measurement, a series or an aggregation."""
+    rules = only_dicts(row.get("validators"))
+    return ", ".join(printable(rule.get("expression"), 200) for rule in rules)
+
+
+def measurement_rows(run, with_points=False):
+    """A dict with MEASUREMENT_COLUMNS for each measurement of a run.
+
+    The value of a series is the number of its points, or with_points the lists of them.
+    """
+    rows = []
+    for phase in only_dicts(run.get("phases")):
+        for row in only_dicts(phase.get("measurements")):
+            length = series_length(row)
+            value = row.get("measured_value")
+            if length is not None:
+                value = f"{length} points"
+                if with_points:
+                    value = [part.get("data") for part in only_dicts(row["data_series"])]
+            rows.append({
+                "run_id": run.get("id"), "serial_number": get_path(run, "unit.serial_number"),
+                "procedure": get_path(run, "procedure.name"),
+                "started_at": run.get("started_at"), "phase": phase.get("name"),
+                "attempt": attempt_of(phase), "name": row.get("name"), "value": value,
+                "units": row.get("units"), "limits": expressions_of(row),
+                "outcome": row.get("outcome")})
+    return rows
+
+
+_SHEET_NAMESPACE = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+_RELATION = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+_PACKAGE = "http://schemas.openxmlformats.org/package/2006"
+_CONTENT_TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml"
+_XML = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
+_STYLES = (
+    f'{_XML}<styleSheet xmlns="{_SHEET_NAMESPACE}">'
+    '<numFmts count="1"><numFmt numFmtId="164" formatCode="yyyy\\-mm\\-dd\\ hh:mm:ss"/></numFmts>'
+    '<fonts count="2"><font><sz val="11"/><name val="Calibri"/></font>'
+    '<font><b/><sz val="11"/><name val="Calibri"/></font></fonts>'
+    '<fills count="2"><fill><patternFill patternType="none"/></fill>'
+    '<fill><patternFill patternType="gray125"/></fill></fills>'
+    '<borders count="1"><border><left/><right/><top/><bottom/><diagonal/></border></borders>'
+    '<cellStyleXfs count="1"><xf numFmtId="0" fontId="0" fillId="0" borderId="0"/></cellStyleXfs>'
+    '<cellXfs count="3"><xf numFmtId="0" fontId="0" fillId="0" borderId="0" xfId="0"/>'
+    '<xf numFmtId="0" fontId="1" fillId="0" borderId="0" xfId="0" applyFont="1"/>'
+    '<xf numFmtId="164" fontId="0" fillId="0" borderId="0" xfId="0" applyNumberFormat="1"/>'
+    '</cellXfs><cellStyles count="1"><cellStyle name="Normal" xfId="0" builtinId="0"/>'
+    '</cellStyles></styleSheet>')
+_HEADER_STYLE, _DATE_STYLE = 1, 2
+
+
+class Workbook:
+    """A workbook (.xlsx) written as a stream: the memory it takes does not grow with its rows.
+
+    After WORKBOOK_ROWS rows it goes on in another sheet. Used in `with`: a block that fails leaves
+    a file that no program takes for a workbook.
+    """
+
+    def __init__(self, stream, paths):
+        import zipfile
+        self.archive = zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED)
+        self.paths = paths
+        self.sheets = 0
+        self.rows = 0
+        self.entry = None
+        self.open_sheet()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None:
+            self.close_sheet()
+            self.write_parts()
+            self.archive.close()
+            return
+        with contextlib.suppress(OSError, ValueError):
+            self.entry.close()
+            self.archive.close()
+        self.archive.fp = None      # or its __del__ would write on
+
+    def open_sheet(self):
+        self.sheets += 1
+        self.rows = 1
+        self.entry = self.archive.open(f"xl/worksheets/sheet{self.sheets}.xml", "w")
+        header = "".join(text_cell(path, _HEADER_STYLE) for path in self.paths)
+        columns = f'<cols><col min="1" max="{len(self.paths)}" width="20" customWidth="1"/></cols>'
+        self.put(f'{_XML}<worksheet xmlns="{_SHEET_NAMESPACE}"><sheetViews><sheetView '
+                 'workbookViewId="0"><pane ySplit="1" topLeftCell="A2" activePane="bottomLeft" '
+                 f'state="frozen"/></sheetView></sheetViews>{columns if self.paths else ""}'
+                 f'<sheetData><row>{header}</row>')
+
+    def close_sheet(self):
+        self.put("</sheetData></worksheet>")
+        self.entry.close()
+
+    def put(self, xml):
+        self.entry.write(xml.encode("utf-8"))
+
+    def write(self, values):
+        """Writes a row, a value for each path."""
+        if self.rows == WORKBOOK_ROWS:
+            self.close_sheet()
+            self.open_sheet()
+        self.rows += 1
+        cells = [workbook_cell(value, path) for value, path in zip(values, self.paths)]
+        self.put(f"<row>{''.join(cells)}</row>")
+
+    def write_parts(self):
+        """Writes what names the sheets."""
+        sheets, relations, types = "", "", ""
+        for number in range(1, self.sheets + 1):
+            name = "runs" if number == 1 else f"runs {number}"
+            sheets += f'<sheet name="{name}" sheetId="{number}" r:id="rId{number}"/>'
+            relations += relation(f"rId{number}", "worksheet", f"worksheets/sheet{number}.xml")
+            types += part_type(f"/xl/worksheets/sheet{number}.xml", "worksheet")
+        relations += relation("rIdStyles", "styles", "styles.xml")
+        types += part_type("/xl/workbook.xml", "sheet.main") + part_type("/xl/styles.xml", "styles")
+        document = relation("rId1", "officeDocument", "xl/workbook.xml")
+        parts = {
+            "xl/styles.xml": _STYLES,
+            "xl/workbook.xml": f'{_XML}<workbook xmlns="{_SHEET_NAMESPACE}" '
+                               f'xmlns:r="{_RELATION}"><sheets>{sheets}</sheets></workbook>',
+            "xl/_rels/workbook.xml.rels": relations_part(relations),
+            "_rels/.rels": relations_part(document),
+            "[Content_Types].xml":
+                f'{_XML}<Types xmlns="{_PACKAGE}/content-types"><Default Extension="rels" '
+                'ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
+                f'<Default Extension="xml" ContentType="application/xml"/>{types}</Types>'}
+        for name, text in parts.items():
+            self.archive.writestr(name, text.encode("utf-8"))
+
+
+def relation(id, kind, target):
+    return f'<Relationship Id="{id}" Type="{_RELATION}/{kind}" Target="{target}"/>'
+
+
+def relations_part(relations):
+    return f'{_XML}<Relationships xmlns="{_PACKAGE}/relationships">{relations}</Relationships>'
+
+
+def part_type(path, kind):
+    return f'<Override PartName="{path}" ContentType="{_CONTENT_TYPE}.{kind}+xml"/>'
+
+
+def workbook_cell(value, path):
+    """A value as the XML of a cell: numbers, times and durations as such, all else as text.
+
+    >>> workbook_cell(1.5, "x"), workbook_cell("PT1M", "duration"), workbook_cell(None, "x")
+    ('<c><v>1.5</v></c>', '<c><v>60.0</v></c>', '<c/>')
+    """
+    if value is None:
+        return "<c/>"
+    if isinstance(value, bool):
+        return f'<c t="b"><v>{int(value)}</v></c>'
+    if is_number(value):
+        is_exact = isinstance(value, float) or abs(value) < 10 ** 15
+        if is_exact and math.isfinite(value):
+            return f"<c><v>{value!r}</v></c>"
+    if path.endswith("_at"):
+        day = workbook_day(value)
+        if day is not None:
+            return f'<c s="{_DATE_STYLE}"><v>{day!r}</v></c>'
+    if path.endswith("duration"):
+        seconds = duration_seconds(value)
+        if seconds is not None:
+            return f"<c><v>{float(seconds)!r}</v></c>"
+    return text_cell(value)
+
+
+def text_cell(value, style=0):
+    r"""A text as the XML of a cell. What XML cannot hold is escaped.
+
+    >>> text_cell("a<b")
+    '<c s="0" t="inlineStr"><is><t xml:space="preserve">a&lt;b</t></is></c>'
+    """
+    text = value if isinstance(value, str) else dump_json(value)
+    text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]",
+                  lambda match: printable(match.group()), text)
+    if len(text) > WORKBOOK_TEXT:
+        text = text[:WORKBOOK_TEXT - 3] + "..."
+    text = re.sub("_(?=x[0-9A-Fa-f]{4}_)", "_x005F_", text)     # a spreadsheet would decode it
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return f'<c s="{style}" t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
+
+
+def local_time(text):
+    """A time with offset as a datetime of this machine's local time, or None."""
+    at = epoch(text)
+    if at is None:
+        return None
+    try:
+        return datetime.datetime.fromtimestamp(at, _UTC).astimezone()
+    except (OSError, OverflowError, ValueError):
+        return None
+
+
+def workbook_day(text):
+    """Days since 1899-12-30 in local time, as workbooks count them, or None.
+
+    Before March 1900 programs differ by a day.
+    """
+    local = local_time(text)
+    if local is None or local.year <= 1900:
+        return None
+    past = local.replace(tzinfo=None) - datetime.datetime(1899, 12, 30)
+    return round(past.total_seconds() / 86400, 9)
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+QUOTES = "\"'"      # what a text in an expression begins with
+
+
+def run_report(run, screen, link, failed_only, show_logs):
+    """The lines of a run for people: verdict, unit, times, phases, measurements, files, logs."""
+    yield verdict_line(run, screen)
     yield ""
-    metadata = run.get("metadata") if isinstance(run.get("metadata"), dict) else {}
-    for title, value in (
-            ("Run", text("id")),
-            ("Unit", text("unit.serial_number") + text("unit.part.number", "   part ")
-             + text("unit.part.revision.number", "   rev ")
-             + text("unit.batch.number", "   batch ") + text("unit.sample", "   sample ")),
-            ("Station", text("created_by_station.name")),
-            ("User", text("created_by_user.name") or text("created_by_user.email")),
-            ("Operator", text("operated_by.name") or text("operated_by.email")),
-            ("Slot", text("slot_name") or text("slot_key")), ("Started", when("started_at")),
-            ("Ended", when("ended_at")), ("Uploaded", when("created_at")),
-            ("Note", text("docstring")), ("Metadata", "  ".join(
-                f"{shown(key)}={shown(item)}" for key, item in metadata.items())), ("Link", link)):
+    for title, value in header_fields(run, screen):
         if value:
             yield f"{title:<10} {value}"
-    yield from phase_lines(dicts(run.get("phases")), screen, failed_only)
-    lines = [f"{shown(row.get('name'))}  {size_text(row.get('size'))}  {shown(row.get('id'))}"
-             for row in dicts(run.get("attachments"))]
-    yield from section(f"ATTACHMENTS  {len(lines)}", lines)
-    lines = [f"{shown(row.get('serial_number'))}  ({shown(row.get('part_number'))})"
-             for row in dicts(run.get("sub_units"))]
-    yield from section(f"SUB-UNITS    {len(lines)}", lines)
-    rows = dicts(run.get("logs"))
-    lines = ["{}  {:<8}  {}  ({}:{})".format(*[shown(row.get(key)) for key in (
-        "timestamp", "level", "message", "source_file", "line_number")]) for row in rows]
-    yield from section("LOGS         " + tally(rows, "level")
-                       + ("" if logs else "      (show them: --logs)"), lines, logs)
+    if link:
+        yield f"{'Link':<10} {link}"
+    phases = only_dicts(run.get("phases"))
+    yield from phase_lines(phases, screen, failed_only)
+    yield from attachment_lines(only_dicts(run.get("attachments")))
+    yield from sub_unit_lines(only_dicts(run.get("sub_units")))
+    yield from log_lines(only_dicts(run.get("logs")), show_logs)
 
 
-def section(title, lines, whole=True):
-    return ["", title] + ["  " + line for line in lines if whole] if lines else []
+def verdict_line(run, screen):
+    """Outcome, unit, procedure, start and duration of a run."""
+    outcome = field_text(run, "outcome")
+    version = field_text(run, "procedure.version.tag", " ")
+    started = time_text(run, "started_at", screen)
+    facts = [
+        screen.paint(outcome),
+        field_text(run, "unit.serial_number"),
+        field_text(run, "procedure.name") + version,
+        started[:26].partition(" (")[0],
+        duration_text(run.get("duration")),
+    ]
+    return "  ".join(fact for fact in facts if fact)
 
 
-def tally(rows, key):
+def attachment_lines(rows):
+    lines = []
+    for row in rows:
+        name = printable(row.get("name"))
+        size = size_text(row.get("size"))
+        id = printable(row.get("id"))
+        lines.append(f"{name}  {size}  {id}")
+    return section(f"ATTACHMENTS  {len(lines)}", lines)
+
+
+def sub_unit_lines(rows):
+    lines = []
+    for row in rows:
+        serial_number = printable(row.get("serial_number"))
+        part_number = printable(row.get("part_number"))
+        lines.append(f"{serial_number}  ({part_number})")
+    return section(f"SUB-UNITS    {len(lines)}", lines)
+
+
+def field_text(run, path, before=""):
+    """A field as text, with something before it where there is one."""
+    value = get_path(run, path)
+    return "" if value in (None, "") else before + printable(value)
+
+
+def time_text(run, name, screen):
+    """A time: in local time with its offset on a terminal, in UTC elsewhere."""
+    at = epoch(run.get(name))
+    if at is None:
+        return field_text(run, name)
+    local = local_time(run[name])
+    if not screen.tty or local is None:
+        return utc_text(run[name])
+    text = local.isoformat(" ", "seconds")
+    local, offset = text[:19], text[19:]
+    age = ago(time.time() - at)
+    return f"{local} {offset} ({age})"
+
+
+def header_fields(run, screen):
+    """(title, text) of what a report begins with; an empty text is not shown."""
+    return [
+        ("Run", field_text(run, "id")),
+        ("Unit", unit_text(run)),
+        ("Station", field_text(run, "created_by_station.name")),
+        ("User", first_text(run, "created_by_user.name", "created_by_user.email")),
+        ("Operator", first_text(run, "operated_by.name", "operated_by.email")),
+        ("Slot", first_text(run, "slot_name", "slot_key")),
+        ("Started", time_text(run, "started_at", screen)),
+        ("Ended", time_text(run, "ended_at", screen)),
+        ("Uploaded", time_text(run, "created_at", screen)),
+        ("Note", field_text(run, "docstring")),
+        ("Metadata", metadata_text(run.get("metadata"))),
+    ]
+
+
+def unit_text(run):
+    """Serial number, part, revision, batch and sample of a unit."""
+    text = field_text(run, "unit.serial_number")
+    text += field_text(run, "unit.part.number", "   part ")
+    text += field_text(run, "unit.part.revision.number", "   rev ")
+    text += field_text(run, "unit.batch.number", "   batch ")
+    text += field_text(run, "unit.sample", "   sample ")
+    return text
+
+
+def metadata_text(metadata):
+    if not isinstance(metadata, dict):
+        return ""
+    pairs = []
+    for key, value in metadata.items():
+        pairs.append(f"{printable(key)}={printable(value)}")
+    return "  ".join(pairs)
+
+
+def first_text(run, *paths):
+    """The first of these fields that has a text."""
+    for path in paths:
+        text = field_text(run, path)
+        if text:
+            return text
+    return ""
+
+
+def section(title, lines):
+    """A part of a report, none where it has no lines."""
+    return ["", title] + ["  " + line for line in lines] if lines else []
+
+
+def count_by(rows, key):
     """3: 2 PASS, 1 FAIL"""
-    counts = collections.Counter(shown(row.get(key)) for row in rows)
-    return f"{len(rows)}: " + ", ".join(f"{count} {word}" for word, count in counts.items())
+    counts = collections.Counter()
+    for row in rows:
+        word = printable(row.get(key))
+        counts[word] += 1
+    words = [f"{count} {word}" for word, count in counts.items()]
+    text = ", ".join(words)
+    return f"{len(rows)}: {text}"
+
+
+def log_lines(rows, show_logs):
+    title = "LOGS         " + count_by(rows, "level")
+    if rows and not show_logs:
+        return ["", title + "      (show them: --logs)"]
+    lines = []
+    for row in rows:
+        when = printable(row.get("timestamp"))
+        level = printable(row.get("level"))
+        message = printable(row.get("message"))
+        source = printable(row.get("source_file"))
+        number = printable(row.get("line_number"))
+        lines.append(f"{when}  {level:<8}  {message}  ({source}:{number})")
+    return section(title, lines)
 
 
 def phase_lines(phases, screen, failed_only):
-    lines, paint = [], screen.paint
-    room = max(20, min(58, screen.width - 19)) if screen.width else 58
+    lines = []
     for phase in phases:
-        rows = [row for row in dicts(phase.get("measurements"))
-                if not failed_only or row.get("outcome") == "FAIL"]
-        if failed_only and phase.get("outcome") in ("PASS", "SKIP") and not rows:
-            continue
-        name, retry = shown(phase.get("name")), phase.get("retry_count")
-        name += f"  (attempt {retry + 1})" if retry and is_number(retry) else ""
-        lines.append(f"{paint(cut(shown(phase.get('outcome')), 5))} {cut(name, room)}"
-                     f"{duration_text(phase.get('duration')):>9}".rstrip())
-        width = min(28, max([cells(shown(row.get("name"))) for row in rows], default=0))
+        rows = only_dicts(phase.get("measurements"))
+        if failed_only:
+            rows = [row for row in rows if row.get("outcome") == "FAIL"]
+            if not rows and phase.get("outcome") in ("PASS", "SKIP"):
+                continue
+        lines.append(phase_line(phase, screen))
+        names = [printable(row.get("name")) for row in rows]
+        width = max(map(display_width, names), default=0)
         for row in rows:
-            lines += measurement_lines(row, paint, width)
-    return section("PHASES  " + tally(phases, "outcome"), lines)
+            lines += measurement_lines(row, screen, min(width, 28))
+    return section("PHASES  " + count_by(phases, "outcome"), lines)
 
 
-def measurement_lines(row, paint, width):
-    series, value = dicts(row.get("data_series")), row.get("measured_value")
-    unit = "" if row.get("units") in (None, "") else " " + shown(row["units"])
-    value = "" if value is None else dump_json(value)[:60] + unit
-    limits = limits_text(row) + distance_text(row)
+def phase_line(phase, screen):
+    """Verdict, name, attempt and duration of a phase."""
+    room = 58
+    if screen.width:
+        room = max(20, min(58, screen.width - 19))
+    name = printable(phase.get("name"))
+    attempt = attempt_of(phase)
+    if attempt != 1:
+        name += f"  (attempt {attempt})"
+    word = truncate(printable(phase.get("outcome")), 5)
+    outcome = screen.paint(word)
+    took = duration_text(phase.get("duration"))
+    return f"{outcome} {truncate(name, room)}{took:>9}".rstrip()
+
+
+def measurement_lines(row, screen, width):
+    """A measurement: verdict, name, value, limits and what failed; then its series and
+    aggregations, a line each."""
+    series = only_dicts(row.get("data_series"))
+    value = row.get("measured_value")
     if series:
-        data = [part.get("data") for part in series]
-        value = f"{max(len(part) if isinstance(part, list) else 0 for part in data)} points"
-        limits = " / ".join(" ".join(shown(part[key]) for key in ("name", "units") if part.get(key))
-                            for part in series) + limits
-    name = shown(row.get("name"))
-    lines = [f"  {paint(cut(shown(row.get('outcome')), 5))} {name}"
-             f"{' ' * (width - cells(name))}  {value:<15} {limits}".rstrip()]
-    for source in [row] + series:
-        if source is not row and limits_text(source):
-            lines.append(" " * 10 + limits_text(source))
-        for item in dicts(source.get("aggregations")):
-            limits = limits_text(item) and f" ({limits_text(item)})"
-            lines.append(f"{'':10}{shown(item.get('type'))} {shown(item.get('value'))}{limits}")
+        text = f"{series_length(row)} points"
+    elif value is None:
+        text = ""
+    else:
+        text = printable(dump_json(value), 60) + field_text(row, "units", " ")
+    name = printable(row.get("name"))
+    name += " " * (width - display_width(name))
+    outcome = screen.paint(truncate(printable(row.get("outcome")), 5))
+    limits = limits_text(row, row.get("units")) + failure_text(row)
+    lines = [f"  {outcome} {name}  {text:<15} {limits}".rstrip()]
+    lines += [" " * 10 + line for line in aggregation_lines(row)]
+    for part in series:
+        lines.append(f"{'':10}{series_text(part)}".rstrip())
+        lines += [" " * 12 + line for line in aggregation_lines(part)]
     return lines
 
 
-def limits_text(row):
-    """The expressions of the validators; one that fails without deciding is a WARN."""
-    return ", ".join(shown(rule.get("expression"), 60) + (
-        " WARN" if rule.get("outcome") == "FAIL" and rule.get("is_decisive") is False else "")
-        for rule in dicts(row.get("validators")))
+def series_text(part):
+    """Name and units of a series, its smallest, largest and last value, its limits."""
+    facts = [field_text(part, "name"), field_text(part, "units")]
+    data = part.get("data")
+    numbers = list(filter(is_measurable, data)) if isinstance(data, list) else []
+    if numbers:
+        smallest, largest, last = min(numbers), max(numbers), numbers[-1]
+        facts.append(f"min {smallest:.6g}  max {largest:.6g}  last {last:.6g}")
+    facts.append(limits_text(part, part.get("units")))
+    return "  ".join(filter(None, facts))
 
 
-def distance_text(row):
-    """  <-- 0.9 below, for the nearest numeric limit that failed."""
-    value, found = row.get("measured_value"), []
-    for rule in dicts(row.get("validators")):
+def aggregation_lines(source):
+    lines = []
+    for item in only_dicts(source.get("aggregations")):
+        limits = limits_text(item, item.get("unit"))
+        kind = printable(item.get("type"))
+        value = printable(item.get("value"))
+        text = f"{kind} {value}"
+        lines.append(f"{text} ({limits})" if limits else text)
+    return lines
+
+
+def limits_text(row, units):
+    """Limits as people write them; one that fails without deciding is a WARN.
+
+    >>> limits_text({"validators": [{"expression": "x >= 3.1"}, {"expression": "x <= 3.4"}]}, "V")
+    '3.1 to 3.4 V'
+    """
+    rules = only_dicts(row.get("validators"))
+    bounds = [plain_bound(rule) for rule in rules]
+    suffix = "" if units in (None, "") else " " + printable(units)
+    warning = " WARN" if any(map(is_warning, rules)) else ""
+    if len(rules) == 1 and bounds[0]:
+        operator, limit = bounds[0]
+        if limit[0] in QUOTES:      # a text has no unit
+            suffix = ""
+        return f"{operator} {limit}{suffix}{warning}"
+    if len(rules) == 2 and all(bounds):
+        by_operator = dict(bounds)
+        low = by_operator.get(">=")
+        high = by_operator.get("<=")
+        if low and high:
+            return f"{low} to {high}{suffix}{warning}"
+    words = []
+    for rule in rules:
+        word = printable(rule.get("expression"), 60)
+        words.append(word + " WARN" if is_warning(rule) else word)
+    return ", ".join(words)
+
+
+def is_warning(rule):
+    """Whether a validator failed that does not decide."""
+    return rule.get("outcome") == "FAIL" and rule.get("is_decisive") is False
+
+
+def plain_bound(rule):
+    """(operator, limit) of an expression such as x >= 3.1 or x == "1.4.0", else None."""
+    expression = rule.get("expression")
+    if not isinstance(expression, str) or len(expression) > 80 or not expression.isprintable():
+        return None
+    number = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    match = re.fullmatch(rf"""x (>=|<=|==|!=|>|<) ({number}|true|false|"[^"]*"|'[^']*')""",
+                         expression)
+    return match.groups() if match else None
+
+
+def failure_text(row):
+    """  <-- 0.9 below, for the nearest numeric limit that failed; else what was expected."""
+    value = row.get("measured_value")
+    distances, expected = [], []
+    for rule in only_dicts(row.get("validators")):
         limit = rule.get("expected_value")
+        if rule.get("outcome") != "FAIL" or limit is None:
+            continue
         limits = limit if isinstance(limit, list) else [limit]
-        if rule.get("outcome") == "FAIL" and is_number(value) and all(map(is_number, limits)):
-            found += [(abs(value - item), "below" if value < item else "above") for item in limits]
-    return "   <-- {0:.4g} {1}".format(*min(found)) if found and min(found)[0] else ""
+        if limits and all(map(is_measurable, [value] + limits)):
+            distances += [distance_to(item, value) for item in limits]
+        else:
+            expected.append(printable(dump_json(limit), 60))
+    if distances:
+        distance, direction = min(distances)
+        if distance:
+            return f"   <-- {distance:.4g} {direction}"
+    if expected:
+        return "   <-- expected " + ", ".join(expected)
+    return "   <-- failed" if row.get("outcome") == "FAIL" else ""
 
 
-def summary(runs):
-    """(document, lines): a count for each outcome, yields of procedures, the worst serials."""
-    outcomes, fails, units = collections.Counter(), collections.Counter(), {}
+def distance_to(limit, value):
+    """(how far, below or above) a value is from a limit."""
+    direction = "below" if value < limit else "above"
+    return abs(value - limit), direction
+
+
+def is_measurable(value):
+    """Whether it is a number that a float can hold: JSON has larger ones."""
+    return is_number(value) and abs(value) < 1e300
+
+
+class UnitHistory:
+    """First and last verdict of one unit of a procedure."""
+
+    def __init__(self):
+        self.first = self.last = None       # (start in seconds, whether it passed)
+
+    def add(self, started_at, passed):
+        """One run; of two that start together the one added first is the later: lists are so."""
+        if self.first is None or started_at <= self.first[0]:
+            self.first = (started_at, passed)
+        if self.last is None or started_at > self.last[0]:
+            self.last = (started_at, passed)
+
+
+def summarize(runs):
+    """(document, lines) of runs: a count for each outcome, yields, the serials that fail most."""
+    outcomes, failures = collections.Counter(), collections.Counter()
+    names = {}      # of the procedures, by ID
+    units = {}      # for each procedure a UnitHistory for each serial number
     for run in runs:
-        outcome, serial = shown(run.get("outcome")), shown(dig(run, "unit.serial_number"))
-        key = shown(dig(run, "procedure.name")), serial
+        outcome = printable(run.get("outcome"))
+        serial = printable(get_path(run, "unit.serial_number"))
+        procedure = printable(get_path(run, "procedure.id"))
+        name = printable(get_path(run, "procedure.name"))
+        names.setdefault(procedure, name)
         outcomes[outcome] += 1
-        fails[serial] += outcome != "PASS"
-        now = epoch(run.get("started_at")) or 0, outcome == "PASS"
-        first, ever = units.get(key, (now, False))
-        units[key] = min(first, now), ever or now[1]
-    rows, total = {}, sum(outcomes.values())
-    for (procedure, _), (first, ever) in units.items():
-        row = rows.setdefault(procedure, {"procedure": procedure, "units": 0, "passed": 0,
-                                          "passed_first": 0})
-        row["units"] += 1
-        row["passed"] += ever
-        row["passed_first"] += first[1]
-        row["yield"] = row["passed"] / row["units"]
-        row["first_pass_yield"] = row["passed_first"] / row["units"]
-    lines = [f"{total} runs"]
-    for outcome, count in outcomes.most_common():
+        if outcome != "PASS":
+            failures[serial] += 1
+        histories = units.setdefault(procedure, {})
+        history = histories.setdefault(serial, UnitHistory())
+        started_at = epoch(run.get("started_at")) or 0
+        history.add(started_at, outcome == "PASS")
+    procedures = []
+    for id, histories in units.items():
+        procedures.append(procedure_row(id, names[id], histories.values()))
+    worst = []
+    for serial, count in failures.most_common(10):
+        worst.append({"serial_number": serial, "count": count})
+    document = {
+        "runs": sum(outcomes.values()),
+        "outcomes": dict(outcomes.most_common()),
+        "procedures": procedures,
+        "failing_serials": worst,
+    }
+    return document, summary_lines(document)
+
+
+def procedure_row(id, name, histories):
+    """What the summary says of a procedure."""
+    count = len(histories)
+    passed = passed_first = 0
+    for history in histories:
+        passed += history.last[1]
+        passed_first += history.first[1]
+    return {
+        "id": id,
+        "procedure": name,
+        "units": count,
+        "passed": passed,
+        "passed_first": passed_first,
+        "yield": passed / count,
+        "first_pass_yield": passed_first / count,
+    }
+
+
+def summary_lines(document):
+    total = document["runs"]
+    lines = [counted(total, "run")]
+    for outcome, count in document["outcomes"].items():
         part = count / total
-        lines.append(f"  {outcome:<8} {count:>7}  {100 * part:5.1f} %  {'#' * round(40 * part)}")
-    lines += section("YIELD", ["PROCEDURE                   UNITS   YIELD  FIRST PASS"] + [
-        f"{cut(row['procedure'], 26)} {row['units']:>6} {row['yield']:7.1%} "
-        f"{row['first_pass_yield']:10.1%}" for row in rows.values()])
-    worst = [{"serial_number": serial, "count": count}
-             for serial, count in fails.most_common(10) if count]
-    lines += section("SERIALS THAT FAIL MOST", ["{count:>5}  {serial_number}".format(**row)
-                                                for row in worst])
-    return {"runs": total, "outcomes": dict(outcomes), "procedures": list(rows.values()),
-            "failing_serials": worst}, lines
+        bar = "#" * round(40 * part)
+        percent = 100 * part
+        lines.append(f"  {outcome:<8} {count:>7}  {percent:5.1f} %  {bar}")
+    table = []
+    for row in document["procedures"]:
+        name = truncate(row["procedure"], 26)
+        first = row["first_pass_yield"]
+        table.append(f"{name} {row['units']:>6} {row['yield']:7.1%} {first:10.1%}")
+    if table:
+        table.insert(0, "PROCEDURE                   UNITS   YIELD  FIRST PASS")
+        table.append("yield: units whose last run here passed")
+        table.append("first pass: units whose first run here passed")
+    lines += section("YIELD", table)
+    worst = []
+    for row in document["failing_serials"]:
+        worst.append(f"{row['count']:>5}  {row['serial_number']}")
+    return lines + section("SERIALS THAT FAIL MOST", worst)
 
 
 # ---- commands ------------------------------------------------------------------------------------
 
-class Call:
-    """One command line: its flags as checked values, stderr, and what the commands share."""
+class Console:
+    """What a command says beside its result: notes and progress on stderr, a log on stdout.
+
+    Nothing here fails: a closed or full stream must not change what a command does.
+    """
+
+    def __init__(self, format, is_quiet, is_verbose):
+        self.is_silent = format == "json" and not is_verbose
+        self.is_logging = format == "table" and not is_quiet
+        self.is_quiet = is_quiet
+        self.progress_started = None
+
+    def note(self, text):
+        """A line on stderr."""
+        if not self.is_silent:
+            with contextlib.suppress(OSError, ValueError):
+                print(printable(text), file=sys.stderr, flush=True)
+
+    def warn(self, text):
+        for line in text.split("\n"):
+            self.note("warning: " + line)
+
+    def log(self, text):
+        """A line with the time on stdout, while queue send is at work."""
+        if self.is_logging:
+            line = f"{time.strftime('%Y-%m-%d %H:%M:%S%z')} {printable(text)}\n"
+            try:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+            except (OSError, ValueError):
+                drop_stdout()
+
+    def progress_line(self, text, is_last):
+        """A line on a terminal that is written over, once a command takes more than 2 s."""
+        if self.progress_started is None:
+            self.progress_started = time.monotonic()
+        is_late = time.monotonic() - self.progress_started > 2
+        if is_late and isatty(sys.stderr) and not self.is_silent:
+            with contextlib.suppress(OSError, ValueError):
+                print(f"\r{text}  ", end="\n" if is_last else "", file=sys.stderr, flush=True)
+
+    def show_upload(self, file, sent):
+        name = printable(file.name, 40)
+        percent = 100 * sent // file.size
+        sizes = f"{size_text(sent)} of {size_text(file.size)}"
+        self.progress_line(f"Uploading {name} {percent:3d}%  {sizes}", sent == file.size)
+
+
+class Arguments:
+    """The flags and plain words of one command line, and the files that they name."""
 
     def __init__(self, flags, words, fields):
-        self.flags, self.words = flags, words
+        self.flags = flags
+        self.words = words
         self.fields = {field.name: field for field in fields}
-        self.planned = []       # the requests of --dry-run
-        self.stdin = None       # the flag that has read it
-        self.durable = False    # a run is in the queue: exit 0, whatever comes
-        self.began = None       # when there was progress to show first
-        self.format = "json" if self.get("json") else self.get("format") or "table"
-        self.quiet = bool(self.get("q"))
-        self.made = None        # the Client, once it is asked for
-        self.silent = self.format == "json" and not self.get("v")
+        self.stdin_flag = None      # the flag that has read stdin
 
     def get(self, name):
-        """The checked value of a flag that is not part of a request, or None."""
+        """The checked value of a flag that is no part of a request, or None."""
         value, field = self.flags.get(name), self.fields.get(name)
         if value is None or field.kind == "flag":
             return value
         try:
             if field.many:
-                return [check_value(field, item) for item in value]
-            return check_value(field, value)
+                return [field.check(item, field) for item in value]
+            return field.check(value, field)
         except ValueError as error:
-            raise BadInput(f"{flag(name)}: {error}") from None
+            raise BadInput(f"{flag_name(name)}: {error}") from None
 
     def read(self, word, name):
         """The bytes of @FILE, or of - (stdin), which stands once in a command; else the word."""
         if word == "-":
-            if self.stdin:
-                raise BadInput(f"- (stdin) stands twice: {flag(self.stdin)}, {flag(name)}",
+            if self.stdin_flag:
+                raise BadInput("- (stdin) is given twice: "
+                               f"{flag_name(self.stdin_flag)}, {flag_name(name)}",
                                "put one of them into a file: @FILE")
-            self.stdin = name
+            self.stdin_flag = name
             return sys.stdin.buffer.read() if sys.stdin else b""
         if not word.startswith("@"):
             return word
         try:
             with open(local_path(word[1:]), "rb") as file:
                 return file.read()
-        except OSError as error:
-            raise BadInput(f"{flag(name)}: cannot read {word[1:]}: {error.strerror}",
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise BadInput(f"{flag_name(name)}: cannot read {word[1:]}: {reason}",
                            "name a file that this user can read") from None
 
     def read_json(self, name):
         """The JSON of a flag: text, @FILE or -."""
         word = self.flags[name]
         data = self.read(word, name)
+        if not data.strip():
+            raise BadInput(f"{flag_name(name)}: is empty")
         try:
-            return load_json(data)
+            return load_input_json(data)
         except ValueError as error:
-            got = f"{len(data)} bytes of {word}"
-            hint = f"put the JSON in a file: {flag(name)} @FILE"
-            if name == "metadata" and "set" in self.fields:
-                hint = "--set key=value, or " + hint
+            failure = BadInput(f"{flag_name(name)} is not JSON: {error}")
             if data is word:
-                got = shown(word, 60)
-                if word[:1] in ("{", "[") and '"' not in word:
-                    got += "     (the shell removed the double quotes)"
-                if os.path.exists(local_path(word)):
-                    hint = f"{flag(name)} @{word} reads the file"
-            raise BadInput(f"{flag(name)} is not JSON: {error}\n  got: {got}", hint) from None
+                raise self.explain_json_word(failure, name, word) from None
+            place = "stdin" if word == "-" else word[1:]
+            raise failure.with_note(f"in {printable(place)}") from None
+
+    def explain_json_word(self, failure, name, word):
+        """Adds what arrived, and how JSON survives a shell, to an error about JSON in a word."""
+        got = f"got: {printable(word, 60)}"
+        if word[:1] in ("{", "[") and '"' not in word:
+            got += "     (the shell removed the double quotes)"
+        hint = f"put the JSON in a file: {flag_name(name)} @FILE"
+        if name == "metadata" and "set" in self.fields:
+            hint = "--set key=value, or " + hint
+        if os.path.exists(local_path(word)):
+            hint = f"{flag_name(name)} @{word} reads the file"
+        return failure.with_note(got, hint)
+
+    def read_list(self, name):
+        """The values of a list flag; @FILE and - have one a line."""
+        values = []
+        for word in self.flags[name]:
+            data = self.read(word, name)
+            if data is word:
+                values.append(word)
+                continue
+            try:
+                text = decode_text(data)
+                require("\0" not in text, "it holds a NUL character; save the file as UTF-8")
+            except ValueError as error:
+                path = word.lstrip("@")
+                raise BadInput(f"{flag_name(name)}: {path}: {error}") from None
+            values += [line.strip() for line in text.splitlines() if line.strip()]
+        if not values:      # an empty filter would mean everything
+            raise BadInput(f"{flag_name(name)}: there is no value in it", "give one at least")
+        return values
 
     def values(self, operation, start=()):
         """The operation's fields as given: JSON read, IDs from @FILE, --set among the metadata."""
         values = dict(start)
         for field in OPERATIONS[operation].fields:
-            value = self.flags.get(field.name)
-            if value is None:
+            if self.flags.get(field.name) is None:
                 continue
-            if field.kind in ("record", "metadata", "object"):
-                value = self.read_json(field.name)
+            if field.kind in JSON_KINDS:
+                values[field.name] = self.read_json(field.name)
             elif field.many and field.kind in ("id", "serial"):
-                words, value = value, []
-                for word in words:
-                    data, lines = self.read(word, field.name), [word]
-                    if data is not word:        # a file's bytes: one value a line
-                        lines = data.decode("utf-8-sig", "replace").splitlines()
-                        lines = [line for line in lines if line.strip()]
-                    value += [line.strip() for line in lines]
-                if not value:       # an empty filter would mean everything
-                    raise BadInput(f"{flag(field.name)}: there is no value in it",
-                                   "give one at least")
-            values[field.name] = value
-        for word in self.flags.get("set") or ():
-            key, equals, text = word.partition("=")
-            if not (key and equals and isinstance(values.setdefault("metadata", {}), dict)):
-                raise BadInput("--set: give key=value", "such as --set shift=A --set temp=23.4")
-            values["metadata"] = dict(values["metadata"], **{key: parse_word(text)})
+                values[field.name] = self.read_list(field.name)
+            elif field.many and field.kind == "enum":
+                words = ",".join(self.flags[field.name]).split(",")
+                values[field.name] = [word for word in words if word.strip()] or words
+            else:
+                values[field.name] = self.flags[field.name]
+        self.add_metadata_words(values)
         return values
 
+    def add_metadata_words(self, values):
+        """Adds the keys of --set and --unset to the metadata."""
+        changes = {}
+        for word in self.flags.get("set") or ():
+            key, equals, text = word.partition("=")
+            if not key or not equals:
+                raise BadInput("--set: give key=value", "such as --set shift=A --set temp=23.4")
+            changes[key] = parse_word(text)
+        for key in self.flags.get("unset") or ():
+            given = self.flags.get("metadata") and key in values["metadata"]
+            if key in changes or given:
+                raise BadInput(f"--unset {key}: the same key is set", "give one of them")
+            changes[key] = None
+        if changes:
+            metadata = values.get("metadata") or {}
+            if isinstance(metadata, dict):
+                values["metadata"] = dict(metadata, **changes)
+
+    def examine(self, operation, start=()):
+        """(the values of the operation as they go over the wire, Findings)."""
+        wire, findings = examine(operation, self.values(operation, start))
+        record = OPERATIONS[operation].record
+        findings.problems = named_by_flags(findings.problems, record)
+        return wire, findings
+
     def wire(self, operation):
-        return check(operation, self.values(operation), flags=True)
+        """The values of the operation as they go over the wire; BadInput with all problems."""
+        wire, findings = self.examine(operation)
+        if findings.problems:
+            raise problems_error(findings.problems)
+        return wire
+
+    def read_key(self, warn):
+        """The key in --api-key-file, None without that flag. No word is shown that may be a key."""
+        path = self.get("api_key_file")
+        if path is None:
+            return None
+        if path == "-":
+            data = self.read(path, "api_key_file")
+        else:
+            shown = "the file"
+            if os.path.isdir(os.path.dirname(path)):
+                shown = path
+            try:
+                with open(path, "rb") as file:
+                    warn_of_readers(shown, os.fstat(file.fileno()), warn)
+                    data = file.read(ERROR_LIMIT)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or "the name is not valid"
+                raise AccessDenied(f"--api-key-file: cannot read {shown}: {reason}",
+                                   "name a file that holds the key, not the key") from None
+        try:
+            return decode_text(data)
+        except ValueError:
+            raise AccessDenied("--api-key-file: the file does not hold text",
+                               "put the key alone into it") from None
+
+
+class Call:
+    """One command at work: its arguments, its console, and the Client, made when it is needed."""
+
+    def __init__(self, name, arguments):
+        self.name = name
+        self.arguments = arguments
+        self.get = arguments.get
+        self.format = "json" if self.get("json") else self.get("format") or "table"
+        self.is_quiet = bool(self.get("q"))
+        self.console = Console(self.format, self.is_quiet, bool(self.get("v")))
+        self.is_dry_run = bool(self.get("dry_run"))
+        self.client_made = None
+        self.queued_status = None       # the exit status, once a run is in the queue
 
     def client(self, retries=3):
         """The Client of this command, made once: one login, one set of connections.
 
         `retries`: how often it tries again where no flag says it.
         """
-        given, path = self.get("retries"), self.get("api_key_file")
-        if self.made is None:
-            self.made = Client(
-                url=self.get("url"), ca_cert=self.get("ca_cert"),
-                timeout=self.get("timeout") or 30, allow_http=bool(self.get("allow_http")),
-                notify=self.warn, trace=self.note if self.get("v") else None,
-                plan=self.plan if self.get("dry_run") else None,
-                source=f"--api-key-file {path}", api_key=self.read_key(path))
-            self.made.waits = []
-        self.made.retries = retries if given is None else given
-        return self.made
+        given = self.get("retries")
+        if self.client_made is None:
+            path = self.get("api_key_file")
+            self.client_made = Client(
+                url=self.get("url"), api_key=self.arguments.read_key(self.console.warn),
+                ca_cert=self.get("ca_cert"), timeout=self.get("timeout") or 30,
+                allow_http=bool(self.get("allow_http")), source=f"--api-key-file {path}",
+                notify=self.console.warn, trace=self.console.note if self.get("v") else None,
+                transport=DryRun() if self.is_dry_run else None)
+            self.client_made.waits = []
+        self.client_made.retries = retries if given is None else given
+        return self.client_made
 
-    def read_key(self, path):
-        """The key in --api-key-file, None without that flag."""
-        if path is None:
-            return None
-        try:
-            key = self.read(path if path == "-" else "@" + path, "api_key_file")
-        except BadInput as error:
-            if path == "-":
-                raise
-            if not re.search(r"[./\\]", path):      # it may be the key
-                error.message = "--api-key-file: there is no such file"
-            raise AccessDenied(error.message, error.hint) from None
-        return key.decode(json.detect_encoding(key), "replace")     # Notepad, PowerShell
+    def close(self):
+        if self.client_made:
+            self.client_made.close()
 
-    def plan(self, method, url, body):
-        """What --dry-run does in place of sending."""
-        self.planned.append({"method": method, "url": url, "body": body})
-        return {"id": [] if method == "DELETE" else "ID", "upload_url": "URL", "url": "URL",
-                "data": [], "meta": {}}
+    def warn_of_zone(self):
+        """Warns where local times are read and this machine does not know its time zone."""
+        zone = unknown_time_zone()
+        if zone:
+            self.console.warn(f"TZ={zone} is a time zone that this machine does not know: local "
+                              "times are taken as UTC. Give times with their offset")
 
-    def note(self, text):
-        """A line on stderr."""
-        if not self.silent:
-            with contextlib.suppress(OSError, ValueError):      # it must not change the result
-                print(shown(text), file=sys.stderr, flush=True)
 
-    def warn(self, text):
-        self.note("warning: " + text)
+def queue_path(call):
+    return call.get("queue") or default_queue()
 
-    def log(self, text):
-        """A line with the time on stdout, while queue send is at work."""
-        if self.format == "table" and not self.quiet:
-            print(time.strftime("%Y-%m-%d %H:%M:%S%z"), shown(text), flush=True)
 
-    def live(self, text, last):
-        """A line on a terminal that is written over, once a command takes more than 2 s."""
-        self.began = self.began or time.monotonic()
-        if time.monotonic() - self.began > 2 and isatty(sys.stderr) and not self.silent:
-            print(f"\r{text}  ", end="\n" if last else "", file=sys.stderr, flush=True)
+def queue_files(call):
+    """The real paths of the queue of a command and of what lies beside it: nothing may replace one.
 
-    def progress(self, file, sent):
-        self.live(f"Uploading {shown(file.name, 40)} {100 * sent // file.size:3d}%  "
-                  f"{size_text(sent)} of {size_text(file.size)}", sent == file.size)
+    The target of a move is a queue too.
+    """
+    paths = []
+    with contextlib.suppress(BadInput):     # no home folder: no default queue
+        paths.append(queue_path(call))
+    if call.name == "queue move":
+        for word in call.arguments.words:
+            paths += [word, os.path.join(word, os.path.basename(paths[0]))]
+    found = set()
+    for path in paths:
+        real_path = os.path.realpath(path)
+        for ending in ("", "-journal", ".lock", ".storing"):
+            found.add(real_path + ending)
+    return found
+
+
+def ask(call, question):
+    """Asks on a terminal, and goes on elsewhere or with --yes."""
+    if call.get("yes") or call.is_dry_run:
+        return
+    if isatty(sys.stdin) and isatty(sys.stderr):
+        print(question, "This cannot be undone. Type y: ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise Stopped("nothing was deleted")
 
 
 def run_ls(call):
-    filters, client = call.wire("list"), call.client()
-    limit, whole = filters.pop("limit", None), call.get("all") or call.get("summary")
-    if re.search(r"\bmetadata\b", call.get("columns") or ""):
+    filters = call.arguments.wire("list")
+    limit = filters.pop("limit", None)
+    wants_all = bool(call.get("all") or call.get("summary"))
+    call.warn_of_zone()
+    if "metadata" in re.split(r"[,.\s]", call.get("columns") or ""):
         filters.setdefault("include_metadata", True)
     if limit and call.get("all"):
         raise BadInput("--limit and --all exclude each other", "give one of them")
-    limit = limit if whole else limit or 50
+    if not limit and not wants_all:
+        limit = 50
+    client = call.client()
     pages = client.pages(limit, call.get("page_size") or 100, **filters)
-    first = next(pages)
-    if not first[0] and call.get("fail_empty") and not client.plan:
-        raise NotFound("no run matches", "that is what --fail-empty asks for")
-
-    def all_pages():
-        count, (rows, meta) = len(first[0]), first
-        yield first
-        try:
-            for rows, meta in pages:
-                count += len(rows)
-                if whole and (call.get("out") or not isatty(sys.stdout)):
-                    call.live(f"{count} runs", not meta.get("has_more"))
-                yield rows, meta
-        except Error as error:
-            error.hint = f"{error.hint}\nto go on from here: --cursor {error.cursor}".lstrip()
-            raise
-        if not count:
-            call.note("no run matches")
-        if meta.get("has_more") and not whole:
-            call.note(f"{count} shown, more exist: --all, or --cursor {meta['next_cursor']}")
+    first_page = next(pages)
+    if not first_page[0] and call.get("fail_empty") and not call.is_dry_run:
+        raise NotFound("no run matches")
+    told_pages = tell_pages(call, first_page, pages, wants_all)
     if not call.get("summary"):
-        return Result(pages=all_pages(), columns=RUN_COLUMNS)
-    document, lines = summary(row for rows, _ in all_pages() for row in rows)
-    return Result(document, lines, document["procedures"], ids=())
+        return Result.pages(told_pages, RUN_COLUMNS)
+    document, lines = summarize(run for rows, _ in told_pages for run in rows)
+    return Result.text(document, lines, ids=(), rows=document["procedures"])
+
+
+def tell_pages(call, first_page, pages, wants_all):
+    """The pages of a list as they come; at the end, or where it breaks off, how to go on."""
+    console = call.console
+    count = len(first_page[0])
+    meta = first_page[1]
+    yield first_page
+    try:
+        for rows, meta in pages:
+            count += len(rows)
+            if wants_all and (call.get("out") or not isatty(sys.stdout)):
+                console.progress_line(f"{count} runs", not meta.get("has_more"))
+            yield rows, meta
+    except Error as error:
+        error.hint = f"{error.hint}\nto go on from here: --cursor {error.cursor}".lstrip()
+        raise
+    if not count and not call.is_quiet:
+        console.note("no run matches")
+    if meta.get("has_more") and not wants_all and not call.is_quiet:
+        console.note(f"{count} shown, more exist: --all, or --cursor {meta['next_cursor']}")
 
 
 def run_get(call):
-    client, folder, saved = call.client(), call.get("download"), []
-    run = client.get(call.wire("get")["id"])
-    for row in dicts(run.get("attachments")) if folder else ():
-        if row.get("download_url"):
-            saved.append(shown(download(client, row, folder)))
-        else:
-            call.warn(f"{shown(row.get('name'))} has no content: its upload was not finished")
+    client = call.client()
+    serial_number = call.get("serial_number")
+    if serial_number is not None:
+        if call.arguments.flags.get("ids"):
+            raise BadInput("an ID and --serial-number exclude each other", "give one of them")
+        rows = client.list(serial_numbers=[serial_number], limit=1)["data"]
+        if not rows and not call.is_dry_run:
+            raise NotFound(f"no run of the unit {printable(serial_number, 80)}")
+        ids = [row["id"] for row in rows]
+    elif call.arguments.flags.get("ids"):
+        ids = call.arguments.wire("delete")["ids"]
+    else:
+        raise BadInput("--id is missing", f"{PROG} get ID, or get --serial-number SN-0001")
+    reader = RunReader(call, client, ids)
+    is_single = len(ids) == 1
+    if is_single:
+        reader.first = reader.fetch(ids[0])
+    result = Result.runs(reader.runs(), reader.lines, single=is_single, status=reader.status)
+    reader.result = result
+    return result
 
-    def lines(screen):
-        yield from report(run, screen, run_link(client, dig(run, "procedure.id"), run.get("id")),
-                          call.get("failed_only"), call.get("logs"))
-        yield from section("SAVED", saved)
-    status = 10 if call.get("exit_status") and run.get("outcome") != "PASS" else 0
-    return Result(run, lines, columns=RUN_COLUMNS, status=status)
+
+class RunReader:
+    """Gets runs one after the other, saves their attachments, and remembers what failed."""
+
+    def __init__(self, call, client, ids):
+        self.call = call
+        self.client = client
+        self.ids = ids
+        self.first = None       # a run that was fetched already
+        self.result = None
+        self.saved = []         # paths of the attachments of the run at hand
+        self.missing = []       # IDs of runs that are not there
+        self.failures = []      # of attachments
+        self.all_passed = True
+
+    def fetch(self, id):
+        run = self.client.get(id)
+        self.all_passed = self.all_passed and run.get("outcome") == "PASS"
+        self.save_attachments(run)
+        return run
+
+    def runs(self):
+        for id in self.ids:
+            if self.first is not None:
+                yield self.first
+                continue
+            try:
+                run = self.fetch(id)
+            except NotFound:
+                self.missing.append(id)
+                continue
+            yield run
+        self.result.error = self.error()
+
+    def save_attachments(self, run):
+        """Saves all attachments that can be saved; what fails is told at the end."""
+        folder = self.call.get("download")
+        self.saved = []
+        for row in only_dicts(run.get("attachments")) if folder else ():
+            if not row.get("download_url"):
+                self.call.console.warn(f"{printable(row.get('name'))} has no content: its upload "
+                                       "was not finished")
+                continue
+            try:
+                self.saved.append(printable(download(self.client, row, folder)))
+            except Error as error:
+                self.failures.append(error)
+
+    def lines(self, run, screen):
+        link = run_link(self.client, get_path(run, "procedure.id"), run.get("id"))
+        yield from run_report(run, screen, link, bool(self.call.get("failed_only")),
+                              bool(self.call.get("logs")))
+        yield from section("SAVED", self.saved)
+
+    def error(self):
+        """The Error that tells what is missing, or None."""
+        if self.missing:
+            shown = ", ".join(printable(id, 80) for id in self.missing[:10])
+            total = counted(len(self.ids), "run")
+            return NotFound(f"{len(self.missing)} of {total} not there: {shown}",
+                            "copy whole IDs; ls -q prints bare IDs")
+        if self.failures:
+            error = self.failures[0]
+            if len(self.failures) > 1:
+                error.with_note(f"{len(self.failures)} attachments were not saved")
+            return error
+        return None
+
+    def status(self):
+        return 10 if self.call.get("exit_status") and not self.all_passed else 0
 
 
 def run_link(client, procedure_id, run_id):
-    """The run's page, where the organization is known from the credentials file."""
-    if client.login.slug and procedure_id:
-        return shown(f"{client.login.url}/{client.login.slug}/{procedure_id}/runs/{run_id}")
+    """The run's page, where the organization is known from the credentials file, or None."""
+    if not client.login.slug or not procedure_id:
+        return None
+    organization = f"{client.login.url}/{client.login.slug}"
+    return printable(f"{organization}/{procedure_id}/runs/{run_id}")
 
 
-def run_create(call):
-    start = call.read_json("body") if call.flags.get("body") else {}
-    if not isinstance(start, dict):
-        raise BadInput("--body: must be a JSON object")
-    values = call.values("create", start)
-    if values.get("client_run_ref"):        # with it even "now" is the same run each time
-        for name in ("started_at", "ended_at"):
-            with contextlib.suppress(AttributeError, TypeError, ValueError, OverflowError):
-                values[name] = parse_time(values.get(name), datetime.datetime.now().astimezone())
-    body = with_ref(check("create", values, flags=True))
-    if epoch(body["ended_at"]) > time.time() + 3600:
-        call.warn(f"the run ends in the future, {body['ended_at']}: is this machine's clock right?")
-    for key in set(body) - {field.name for field in CREATE}:
-        call.warn(f"{key} is no field that this version knows: it is sent as it is")
-    files = [LocalFile(path) for path in call.get("attach") or ()]
-    for name, count in collections.Counter(file.name for file in files).items():
+def examine_create(call, start=None):
+    """(the request as it goes over the wire, Findings) of the flags of a create.
+
+    `start`: a request whose fields the flags override; --body replaces it.
+    """
+    if call.arguments.flags.get("body"):
+        start = call.arguments.read_json("body")
+        if not isinstance(start, dict):
+            raise BadInput("--body: must be a JSON object")
+    values = call.arguments.values("create", start or {})
+    read_moving_times(values)
+    if not any(name in values for name in REQUIRED):
+        raise BadInput("--outcome, --procedure-id, --serial-number, --started-at and --ended-at "
+                       "are missing", f"{PROG} create --help; create --example prints a whole run")
+    wire, findings = examine("create", values)
+    given = [name for name in values if name in call.arguments.flags]
+    top_level = Record(*[field for field in CREATE.fields
+                         if field.name in given or field.name not in values])
+    findings.problems = named_by_flags(findings.problems, top_level)
+    warn_of_create(call, wire, findings)
+    return wire, findings
+
+
+def read_moving_times(values):
+    """Makes whole times of now, 24h, today and bare dates, if the run has a ref of its own.
+
+    Without one they would make another run of each repetition: BadInput.
+    """
+    now = datetime.datetime.now().astimezone()
+    for name in ("started_at", "ended_at"):
+        value = values.get(name)
+        if not isinstance(value, str) or not is_moving_time(value):
+            continue
+        if not values.get("client_run_ref"):
+            raise BadInput(f"{flag_name(name)}: {value} would make each repetition another run",
+                           "give the whole time, or a --client-run-ref of your own")
+        values[name] = parse_when(value, now)
+
+
+def warn_of_create(call, wire, findings):
+    call.warn_of_zone()
+    end = epoch(wire.get("ended_at"))
+    if end is not None and end > time.time() + 3600:
+        call.console.warn(f"the run ends in the future, {wire['ended_at']}: is this machine's "
+                          "clock right?")
+    for warning in group_issues(findings.warnings):
+        call.console.warn(warning)
+
+
+def attached_paths(call):
+    """The paths of --attach; two of one name are BadInput, as their names tell files apart.
+
+    The queue file itself is none that can be attached.
+    """
+    paths = []
+    for word in call.arguments.flags.get("attach") or ():
+        path = local_path(word)
+        found = [path]
+        if ON_WINDOWS and re.search(r"[*?]", path):     # elsewhere the shell expands them
+            import glob
+            found = sorted(glob.glob(path)) or found
+        paths += found
+    names = collections.Counter(os.path.basename(path) for path in paths)
+    for name, count in names.items():
         if count > 1:
-            raise BadInput(f"--attach: {name} stands twice",
+            raise BadInput(f"--attach: {name} is given twice",
                            "rename one file: on a run its name tells it from the others")
-    if not call.get("dry_run") and (call.get("queue") or call.get("offline")
-                                    or os.environ.get("TOFUPILOT_QUEUE")):
-        return create_queued(call, body, files)
-    return create_now(call, body, files)
+    for path in paths:
+        if os.path.realpath(path) in queue_files(call):
+            raise BadInput(f"--attach: {path} is the queue itself")
+    return paths
 
 
 def create_now(call, body, files):
+    """Sends a create directly, and attaches its files."""
     client = call.client()
+    started = time.monotonic()
     try:
         run_id = client.send_create(body)["id"]
     except Unavailable as error:
-        if not error.sent:
+        if not error.maybe_sent:
             error.hint += "\nto keep runs meanwhile, add --queue FILE"
         raise
-    document, lines = {"id": run_id}, created_lines(client, body, run_id)
+    except NotFound as error:
+        if is_about_sub_unit(error):
+            error.hint = "a sub-unit needs a run of its own first: create that, then this again"
+        raise
+    title = "Created run"
+    if was_there(call, client, run_id, time.monotonic() - started):
+        title = "Already there: run"
+    document = {"id": run_id}
+    lines = created_lines(client, body, run_id, title)
     try:
         lines += ["  " + line for line in attach_lines(call, client, run_id, files)]
     except KeyboardInterrupt as stopped:
         stopped.id = run_id
         raise
     except Error as error:
-        there = [file for file in files if file.done]
-        try:
-            if 0 < len(there) < len(files):     # what went up is linked at least
-                attach(client, run_id, there)
-        except Error:
-            there = []
-        left = [file.name for file in files if file not in there] or [file.name for file in files]
-        error.message = (f"run {run_id} is stored, {len(left)} of {len(files)} attachments not: "
-                         f"{', '.join(left)}\n{error.message}")
-        error.hint, error.id = "run the same command again; only what is missing goes up", run_id
-        raise
+        raise attachments_missing(error, run_id, files) from None
     if files:
         document["attachments"] = [{"id": file.upload_id, "name": file.name} for file in files]
-    return Result(document, lines)
+    return Result.text(document, lines)
 
 
-def created_lines(client, body, run_id, told="Created run"):
-    phases = body.get("phases", ())
-    count = sum(len(phase.get("measurements") or ()) for phase in phases)
-    facts = [body["outcome"], body["serial_number"],
-             phases and f"{counted(len(phases), 'phase')}, {counted(count, 'measurement')}",
-             seconds_text(epoch(body["ended_at"]) - epoch(body["started_at"]))]
-    lines = ["  ".join(filter(None, facts)), run_link(client, body["procedure_id"], run_id)]
-    return [f"{told} {run_id}"] + ["  " + line for line in lines if line]
+def was_there(call, client, run_id, took):
+    """Whether a run is older than the create that got its ID. Asked for people only."""
+    clock = client.transport.server_clock
+    if call.format != "table" or call.is_quiet or clock is None:
+        return False
+    try:
+        rows = client.list(ids=[run_id], limit=1)["data"]
+    except Error:
+        return False        # the run is stored, and only this is not known
+    stored_at = epoch(rows[0].get("created_at")) if rows else None
+    return stored_at is not None and stored_at < clock[0] - took - 0.25
+
+
+def attachments_missing(error, run_id, files):
+    """The error of a create whose run is stored and whose files are not all there."""
+    missing = [file.name for file in files if not file.done] or [file.name for file in files]
+    names = ", ".join(missing)
+    error.message = (f"run {run_id} is stored, {len(missing)} of {len(files)} attachments not: "
+                     f"{names}\n{error.message}")
+    if not isinstance(error, Refused):
+        error.hint = "run the same command again; only what is missing goes up"
+    error.id = run_id
+    return error
+
+
+def created_lines(client, body, run_id, title="Created run"):
+    """What people read of a run that is on the server now."""
+    facts = [body["outcome"], body["serial_number"]]
+    phases = body.get("phases") or ()
+    if phases:
+        count = 0
+        for phase in phases:
+            count += len(phase.get("measurements") or ())
+        phases_text = counted(len(phases), "phase")
+        facts.append(f"{phases_text}, {counted(count, 'measurement')}")
+    took = epoch(body["ended_at"]) - epoch(body["started_at"])
+    facts.append(seconds_text(took))
+    lines = [f"{title} {run_id}", "  " + "  ".join(facts)]
+    link = run_link(client, body["procedure_id"], run_id)
+    if link:
+        lines.append("  " + link)
+    return lines
 
 
 def attach_lines(call, client, run_id, files):
     """Attaches files to a run that exists: a line for each."""
-    new = attach(client, run_id, files, call.progress) if files else []
-    return [f"{'Attached' if file in new else 'Already there:'} {file.name}  "
-            f"{size_text(file.size)}  {file.upload_id}" for file in files]
-
-
-def create_queued(call, body, files):
-    """Stores a run, then sends it and older ones for ten seconds at most."""
-    path, origin, problems, offline = queue_path(call), None, [], call.get("offline")
-
-    def send():     # in a thread of its own
-        try:
-            with Queue(path) as queue:
-                work = Pass(queue, call.client(0))
-                work.run()
-                problems.extend(entry["error"] for entry in work.unsent)
-        except Exception as error:      # the run is stored: nothing here is a failure
-            problems.append(str(error))
-    with contextlib.ExitStack() as stack:
-        try:
-            if not offline:
-                with contextlib.suppress(Error):        # it is told when it is sent
-                    origin = call.client(0).login.url
-            # open to the end: to close it would drop the locks of the thread's connection
-            queue = stack.enter_context(Queue(path))
-            entry = queue.store(body, files, origin)
-        except Unavailable as error:
-            return create_unqueued(call, body, files, error)
-        call.durable, before = True, entry["state"]
-        if not offline and before == "waiting":
-            within(10, send)
-        entry, meta = queue.find(entry["ref"]), queue.meta()
-        oldest = queue.sql("SELECT min(stored_at) FROM entry WHERE state = 'waiting'")[0][0]
-    if meta["parked"] or oldest and time.time() - oldest > 86400:
-        call.warn(f"{counted(meta['parked'], 'run')} parked, {meta['waiting']} waiting in {path}: "
-                  f"see {PROG} queue ls")
-    run_id = entry["run_id"] if entry["state"] == "sent" else None
-    document = {"id": run_id, "queued": not run_id, "client_run_ref": entry["ref"]}
-    if run_id:
-        told = "Sent before: run" if before == "sent" else "Created run"
-        return Result(document, created_lines(call.client(0), body, run_id, told) + [
-            f"  Attached {file.name}  {size_text(file.size)}" for file in files])
-    lines = [f"Queued {entry['ref'][:12]} in {path}, {entry['state']}; {meta['waiting']} wait"]
-    if entry["target"]:
-        lines.append("  moved to " + entry["target"].partition(" ")[2])
-    elif entry["error"] or problems:
-        lines.append("  " + shown(entry["error"] or problems[0], 300))
-    return Result(document, lines, ids=())
-
-
-def create_unqueued(call, body, files, error):
-    """The queue cannot be written: sends the run directly, or says that it is NOT stored."""
-    if not call.get("offline"):
-        call.warn(f"{error.message}; the run is sent directly")
-        try:
-            return create_now(call, body, files)
-        except Error as failure:
-            if failure.id:
-                raise       # the run is stored, a file is not
-            error = failure
-    raise Unavailable(error.message + "\nthe run is NOT stored in the queue", error.hint,
-                      error.status, error.code, error.issues) from None
-
-
-def within(seconds, work):
-    """Runs work() in a thread and goes on when it is done or the time is over, or on Ctrl-C."""
-    import threading
-    thread = threading.Thread(target=work, daemon=True)
-    with contextlib.suppress(KeyboardInterrupt):
-        thread.start()
-        thread.join(seconds)
-
-
-def queue_path(call):
-    return (call.get("queue") or os.environ.get("TOFUPILOT_QUEUE")
-            or os.path.join(home(), "runs.queue"))
-
-
-def open_queue(call, changes=False):
-    """The queue that a command works on; `changes`: without a request, so no --dry-run of it."""
-    if changes and call.get("dry_run"):
-        raise BadInput("--dry-run: this command sends no request, it changes the queue",
-                       "queue ls shows what is in it")
-    return Queue(queue_path(call), must_exist=True)
-
-
-QUEUE_COLUMNS = (("REF", "client_run_ref"), ("STATE", "state"), ("OUTCOME", "outcome"),
-                 ("SERIAL", "serial_number"), ("STORED", "stored_at"), ("TRIES", "tries"),
-                 ("ERROR", "error"))
-
-
-def entry_json(entry):
-    """An entry as queue ls shows it."""
-    found = {name: entry[name] for name in ("state", "outcome", "serial_number", "procedure_id",
-                                            "stored_at", "tries", "next_try_at", "error", "run_id")}
-    for name in ("stored_at", "next_try_at"):
-        at = datetime.datetime.fromtimestamp(found[name], _UTC) if found[name] else None
-        found[name] = at and at.isoformat()[:19] + "Z"
-    return dict(found, client_run_ref=entry["ref"], attachments=entry["files"])
-
-
-def queue_text(meta):
-    """2 waiting, 1 parked, and what a move that was interrupted holds back."""
-    told = f"{meta['waiting']} waiting, {meta['parked']} parked"
-    return told + (f", {meta['moving']} moving (repeat that move)" if meta["moving"] else "")
-
-
-def run_queue_ls(call):
-    with open_queue(call) as queue:
-        hidden = "" if call.get("sent") else ", 'sent', 'moved'"
-        rows = list(map(entry_json, queue.entries(f"state NOT IN ('storing'{hidden})")))
-        meta = queue.meta()
-    call.note(f"{queue_text(meta)}, {size_text(meta['bytes'])} in {meta['file']}")
-    del meta["moving"]      # the rows say it; the document has the keys that were promised
-    run = (("RUN", "run_id"),) if call.get("sent") else ()
-    return Result({"data": rows, "meta": meta}, rows=rows,
-                  ids=[row["client_run_ref"] for row in rows],
-                  columns=QUEUE_COLUMNS[:2] + run + QUEUE_COLUMNS[2:])
-
-
-def run_queue_get(call):
-    folder, saved = call.get("download"), []
-    with open_queue(call) as queue:
-        entry = queue.find(refs(call, 1)[0])
-        files, body = queue.files(entry["id"]), queue.body(entry["id"])
-        for file in files if folder and body else ():
-            if file.done and not next(file.blocks(), b""):
-                call.warn(f"{file.name} went up already and is not in the queue any more")
-                continue
-            saved.append(save_new(folder, file.name,
-                                  lambda out, file=file: out.writelines(file.blocks())))
-    shows = entry_json(entry)
-    if not body and call.format == "json":
-        raise NotFound(f"the request of {entry['ref'][:12]} is gone: it is {entry['state']}",
-                       "queue ls --sent --json shows what is left")
-    lines = [f"{name:<15} {value}" for name, value in shows.items() if value not in (None, "")]
-    lines += section("ATTACHMENTS", [f"{file.name}  {size_text(file.size)}" for file in files])
-    request = json.loads(body or "{}")
-    if body and entry["ref"] == entry["content"]:       # create makes it anew, from the content
-        del request["client_run_ref"]
-    return Result(request, lines + section("SAVED", saved), ids=[entry["ref"]])
-
-
-def refs(call, count=None, needs="a REF is needed: queue ls shows them, the beginning is enough"):
-    """The REFs that a queue command was given."""
-    if not call.words or count and len(call.words) != count:
-        raise BadInput(needs, f"{PROG} queue --help")
-    return call.words
-
-
-def run_queue_rm(call):
-    with open_queue(call, changes=True) as queue:
-        entries = [queue.find(word) for word in refs(call)]
-        ask(call, f"Remove {counted(len(entries), 'run')} from the queue?")
-        with queue.transaction():
-            for entry in entries:
-                queue.drop("id = ?", entry["id"])
-        queue.tidy()
-    gone = [entry["ref"] for entry in entries]
-    return Result({"client_run_ref": gone}, [
-        "Removed {0} {serial_number} {outcome} ({state})".format(entry["ref"][:12], **entry)
-        for entry in entries], ids=gone)
-
-
-def ask(call, question):
-    """Asks on a terminal, and goes on elsewhere or with --yes."""
-    asks = isatty(sys.stdin) and isatty(sys.stderr) and not call.get("dry_run")
-    if asks and not call.get("yes"):
-        print(question, "This cannot be undone. Type y: ", end="", file=sys.stderr, flush=True)
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise Stopped("nothing was deleted")
-
-
-def run_queue_send(call, retry=False):
-    """`retry`: the REFs that were given, or all, go now, parked ones too."""
-    if call.get("jitter"):
-        time.sleep(delay(0, call.get("jitter")))
-    client, force = call.client(0), set()
-    with open_queue(call) as queue:
-        if client.plan:
-            for entry in queue.entries("state = 'waiting'"):
-                client.send_create(json.loads(queue.body(entry["id"])))
-            return None
-        if retry:
-            entries = ([queue.find(word) for word in call.words]
-                       or queue.entries("state IN ('waiting', 'parked')"))
-            force = {entry["ref"] for entry in entries}
-            for entry in entries:
-                if entry["state"] == "parked":
-                    queue.change(entry["id"], state="waiting", next_try_at=0)
-        work = Pass(queue, client, call.log, force)
-        alone, meta = work.run(), queue.meta()
-        soon = queue.sql("SELECT min(next_try_at) FROM entry WHERE state = 'waiting'")[0][0]
-    codes = {entry["exit_code"] for entry in work.unsent}
-    if not alone:
-        call.note("another process is sending this queue: nothing to do")
-    elif meta["parked"]:
-        codes.add(5)
-    runs = [{"client_run_ref": entry["ref"], "id": entry["run_id"]} for entry in work.sent]
-    told = f"{len(runs)} sent, {queue_text(meta)}"
-    if soon and soon > time.time():
-        told += f"; next try {ago(time.time() - soon)}"
-    call.log(told)
-    result = Result(dict(sent=len(runs), waiting=meta["waiting"], parked=meta["parked"], runs=runs),
-                    [], runs, status=next((code for code in (3, 5, 6) if code in codes), 0))
-    if result.status and (call.quiet or call.format == "json"):     # else the lines have told it
-        result.error = {3: AccessDenied, 5: Refused, 6: Unavailable}[result.status](
-            told + "".join(f"; {entry['serial_number']}: {entry['error']}"
-                           for entry in work.unsent[:3]), f"{PROG} queue ls tells why")
-    return result
-
-
-def run_queue_move(call):
-    with open_queue(call, changes=True) as queue:
-        count, path = move(queue, refs(call, 1, "a FILE is needed: the queue to move to")[0])
-    return Result({"moved": count, "file": path}, [
-        f"Moved {counted(count, 'run')} to {path}, which holds the only copy now" if count
-        else "Nothing is waiting"], ids=())
+    if not files:
+        return []
+    new = attach(client, run_id, files, call.console.show_upload)
+    lines = []
+    for file in files:
+        done = "Attached" if file in new else "Already there:"
+        size = size_text(file.size)
+        lines.append(f"{done} {file.name}  {size}  {file.upload_id}")
+    return lines
 
 
 def run_update(call):
-    wire = call.wire("update")
+    wire = call.arguments.wire("update")
     answer = call.client().update(**wire)
-    return Result(answer, [f"Updated run {answer['id']}: "
-                           f"{counted(len(wire.get('attachments', ())), 'attachment')} linked"])
+    count = counted(len(wire.get("attachments", ())), "attachment")
+    return Result.text(answer, [f"Updated run {answer['id']}: {count} linked"])
 
 
 def run_update_metadata(call):
-    wire = call.wire("update_metadata")
+    wire = call.arguments.wire("update_metadata")
     if not wire.get("metadata"):
-        raise BadInput("--metadata or --set is missing", "such as --set shift=A")
-    kept = [key for key, value in wire["metadata"].items() if value is not None]
-    gone = [key for key, value in wire["metadata"].items() if value is None]
+        raise BadInput("--metadata, --set or --unset is missing", "such as --set shift=A")
     answer = call.client().update_metadata(**wire)
-    told = "; ".join(f"{done} {', '.join(keys)}" for done, keys in (
-        ("set", kept), ("removed", gone)) if keys)
-    return Result(answer, [f"Updated metadata of run {answer['id']}: {told}"])
+    set_keys = [key for key, value in wire["metadata"].items() if value is not None]
+    removed_keys = [key for key, value in wire["metadata"].items() if value is None]
+    done = []
+    if set_keys:
+        done.append("set " + ", ".join(set_keys))
+    if removed_keys:
+        done.append("removed " + ", ".join(removed_keys))
+    changes = "; ".join(done)
+    return Result.text(answer, [f"Updated metadata of run {answer['id']}: {changes}"])
 
 
 def run_create_attachment(call):
-    values, path = call.values("create_attachment"), call.get("file")
-    file = LocalFile(path, values.get("name")) if path else None
-    if file:
-        values["name"] = file.name
+    values = call.arguments.values("create_attachment")
+    path = call.get("file")
+    if path:
+        return attach_file(call, values, LocalFile(path, values.get("name")))
     if not values.get("name"):
         raise BadInput("--file is missing (--name reserves a place)", "such as --file log.txt")
-    wire, client = check("create_attachment", values, flags=True), call.client()
-    if file:
-        lines = attach_lines(call, client, wire["id"], [file]) + [f"  run {wire['id']}"]
-        return Result({"id": file.upload_id, "name": file.name}, lines)
+    wire = call.arguments.wire("create_attachment")
     try:
-        answer = client.create_attachment(**wire)
+        answer = call.client().create_attachment(**wire)
     except Unavailable as error:
-        if error.sent:
+        if error.maybe_sent:
             error.hint = ("look with get before you try again: an empty attachment may be left\n"
                           "on the run. create-attachment --file does not have this problem")
         raise
-    return Result(answer, [
+    quote = '"' if ON_WINDOWS else "'"
+    kind = f"{quote}Content-Type: {content_type(wire['name'])}{quote}"
+    return Result.text(answer, [
         f"Attachment {answer['id']} reserved on run {wire['id']}",
         "It has no content yet. The upload URL works for about 60 seconds:",
         "  " + answer["upload_url"], "Upload, then finalize:",
-        f"  curl -X PUT -H 'Content-Type: {content_type(wire['name'])}' -T FILE 'URL'",
+        f"  curl -X PUT -H {kind} -T FILE {quote}URL{quote}",
         f"  {PROG} attachments finalize --id {answer['id']}", "Easier, in one step:",
         f"  {PROG} create-attachment --id {wire['id']} --file FILE"])
 
 
+def attach_file(call, values, file):
+    wire, findings = examine("create_attachment", dict(values, name=file.name))
+    if findings.problems:
+        raise problems_error(named_by_flags(findings.problems,
+                                            OPERATIONS["create_attachment"].record))
+    lines = attach_lines(call, call.client(), wire["id"], [file])
+    lines.append(f"  run {wire['id']}")
+    return Result.text({"id": file.upload_id, "name": file.name}, lines)
+
+
 def run_initialize(call):
-    answer = call.client().initialize(**call.wire("initialize"))
-    return Result(answer, [f"Upload {answer['id']}: PUT the bytes within 60 seconds to",
-                           "  " + answer["upload_url"], "Then:",
-                           f"  {PROG} attachments finalize --id {answer['id']}",
-                           f"  {PROG} update --id RUN --attachments {answer['id']}"])
+    answer = call.client().initialize(**call.arguments.wire("initialize"))
+    return Result.text(answer, [f"Upload {answer['id']}: PUT the bytes within 60 seconds to",
+                                "  " + answer["upload_url"], "Then:",
+                                f"  {PROG} attachments finalize --id {answer['id']}",
+                                f"  {PROG} update --id RUN --attachments {answer['id']}"])
 
 
 def run_finalize(call):
-    wire = call.wire("finalize")
-    answer, id = call.client().finalize(**wire), wire["id"]
-    return Result(answer, [f"Finalized upload {id}", "  " + answer["url"]], ids=[id])
+    wire = call.arguments.wire("finalize")
+    answer = call.client().finalize(**wire)
+    id = wire["id"]
+    lines = [f"Finalized upload {id}", "  " + answer["url"]]
+    return Result.text(answer, lines, ids=[id])
 
 
 def run_rm(call):
-    ids, client = list(dict.fromkeys(call.wire("delete")["ids"])), call.client()
+    wire = call.arguments.wire("delete")
+    ids = list(dict.fromkeys(wire["ids"]))
+    client = call.client()
     ask(call, f"Delete {counted(len(ids), 'run')}?")
-    gone = client.delete(ids)["id"]
-    kept = [id for id in ids if id not in gone]
-    lines = [f"Deleted {counted(len(gone), 'run')}"] + [f"  {id}" for id in gone]
-    if kept:
-        lines += [f"Not there: {len(kept)}"] + [f"  {id}" for id in kept]
-    return Result({"id": gone}, lines, [{"id": id} for id in gone])
+    answer = client.delete(ids)
+    deleted = [printable(id) for id in answer["id"]]
+    missing = [id for id in ids if id not in set(deleted)]
+    lines = [f"Deleted {counted(len(deleted), 'run')}"]
+    lines += ["  " + id for id in deleted]
+    if missing:
+        lines.append(f"Not there: {len(missing)}")
+        lines += ["  " + id for id in missing]
+    rows = [{"id": id} for id in deleted]
+    return Result.text({"id": deleted}, lines, rows=rows)
+
+
+class Station:
+    """What `check` looks at, a method for each line: its text, or the Error that is its fault."""
+
+    def __init__(self, call):
+        self.call = call
+        self.client = call.client()
+        self.warnings = []
+        self.client.notify = self.warnings.append
+
+    def steps(self):
+        """(name, function) of each line."""
+        steps = []
+        for line in version_text().splitlines():
+            name, text = line.split(None, 1)
+            if name != "openssl":
+                steps.append((name, lambda text=text: text))
+        return steps + [
+            ("openssl", self.openssl),
+            ("url", self.url),
+            ("key", self.key),
+            ("proxy", self.proxy),
+            ("ca", self.ca),
+            ("queue", self.queue),
+            ("zone", self.zone),
+            ("identity", self.identity),
+            ("clock", self.clock),
+        ]
+
+    def openssl(self):
+        text = openssl_version()
+        if text is None:
+            raise Unavailable("this Python has no ssl module: it cannot speak https",
+                              "use a Python that has it")
+        return text
+
+    def url(self):
+        return self.client.login.url
+
+    def key(self):
+        login = self.client.login
+        if not login.key:
+            raise no_key()
+        for warning in self.warnings:
+            if "can be read by other users" in warning:
+                raise AccessDenied(warning, "chmod 600 it")
+        return f"from {login.source}"
+
+    def proxy(self):
+        from urllib.parse import urlsplit
+        proxy = self.client.transport.proxy_for(urlsplit(self.client.login.url))
+        return without_login(proxy) if proxy else "none"
+
+    def ca(self):
+        self.client.login       # may name a CA
+        path = self.client.transport.ca_cert
+        if path and openssl_version() is not None:
+            self.client.transport.make_context()
+        return path or "the system's"
+
+    def queue(self):
+        path = queue_path(self.call)
+        if not os.path.exists(path):
+            return self.queue_to_be(path)
+        with Queue(path, must_exist=True, read_only=True) as queue:
+            meta = queue.meta()
+            oldest = queue.oldest_waiting()
+            servers = queue.waiting_servers()
+        faults = []
+        for server in sorted(servers - {None, self.client.login.url}):
+            faults.append(f"waiting for another server, {server}")
+        age = ""
+        if oldest is not None:
+            age = ago(time.time() - oldest)
+            if time.time() - oldest > 86400:
+                faults.append(f"the oldest was stored {age}")
+        if meta["parked"] or meta["moving"] or faults:
+            kind = Refused if meta["parked"] else Unavailable
+            text = f"{queue_text(meta)} in {path}"
+            command = queue_command("ls", queue=self.call.get("queue"))
+            raise kind("; ".join([text] + faults), f"{command} tells why")
+        size = size_text(meta["bytes"])
+        text = f"{meta['waiting']} waiting, {size} in {path}"
+        return f"{text}, oldest {age}" if age else text
+
+    def queue_to_be(self, path):
+        """Where the queue will be, once something is stored."""
+        import_sqlite(path)
+        folder = os.path.dirname(os.path.abspath(path))
+        if folder == home():    # it is made when it is needed
+            while not os.path.exists(folder):
+                folder = os.path.dirname(folder)
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise Unavailable(f"cannot make {path}: no folder that this user can write",
+                              "make the folder, or name another queue")
+        return f"none at {path}"
+
+    def zone(self):
+        name = unknown_time_zone()
+        if name:
+            raise BadInput(f"TZ={name} is not known on this machine: local times are taken as UTC",
+                           "install the time zone data, or give times with their offset")
+        return f"{time.strftime('%Z')}, {time.strftime('%z')} now"
+
+    def identity(self):
+        try:
+            found = self.client.whoami()
+        except NotFound as error:
+            if error.status != 404:
+                raise
+            self.client.list(limit=1)
+            return "not told: the server is older than API 2.22; it takes the key"
+        name = get_path(found, "station.name") or get_path(found, "user.email")
+        return f"{found.get('type')} {name} of {get_path(found, 'organization.name')}"
+
+    def clock(self):
+        if self.client.transport.server_clock is None:
+            return "not compared: no answer"
+        theirs, ours = self.client.transport.server_clock
+        ahead = round(ours - theirs)
+        if abs(ahead) > 120:
+            direction = "ahead of" if ahead > 0 else "behind"
+            raise BadInput(f"{abs(ahead)} s {direction} the server",
+                           "set this machine's clock: certificates and times depend on it")
+        return f"{abs(ahead)} s from the server's"
 
 
 def run_check(call):
     """A line for each thing that a station needs, ok or FAIL; exits as its first failure does."""
-    rows, lines, status, client, path = [], [], 0, call.client(), queue_path(call)
-
-    def queue():
-        folder = os.path.dirname(os.path.abspath(path))
-        if not os.path.exists(path):
-            if not os.access(folder, os.W_OK) and (folder != home() or os.path.exists(folder)):
-                raise Unavailable(f"cannot make {path}: no folder that this user can write",
-                                  "make the folder, or name another queue")
-            return f"none at {path}"
-        with Queue(path) as queue:
-            waits, meta = queue.entries("state = 'waiting'"), queue.meta()
-        strange = list(filter(None, (elsewhere(entry, client.login.url) for entry in waits)))
-        if meta["parked"] or meta["moving"] or strange:
-            kind = Refused if meta["parked"] else Unavailable
-            raise kind("; ".join([f"{queue_text(meta)} in {path}"] + strange[:1]),
-                       f"{PROG} queue ls tells why")
-        oldest = f", oldest {ago(time.time() - waits[0]['stored_at'])}" if waits else ""
-        return f"{len(waits)} waiting{oldest}, {meta['bytes']} bytes in {path}"
-
-    def key():
-        if not client.login.key:
-            raise no_key()
-        return f"from {client.login.source}"
-
-    def identity():
-        found = client.whoami()
-        name = dig(found, "station.name") or dig(found, "user.email")
-        return f"{found.get('type')} {name} of {dig(found, 'organization.name')}"
-
-    def clock():
-        theirs, ours = client.transport.clocks or (0, 0)
-        off = round(ours - theirs)
-        if abs(off) > 120:
-            raise BadInput(f"{abs(off)} s {'ahead of' if off > 0 else 'behind'} the server",
-                           "set this machine's clock: certificates and times depend on it")
-        return f"{abs(off)} s from the server's" if theirs else "not compared: no answer"
-    about = [line.split(None, 1) for line in version_text().splitlines()]
-    for name, get in about + [
-            ("url", lambda: client.login.url), ("key", key), ("proxy", lambda: proxy_of("https")),
-            ("ca", lambda: client.transport.ca_cert or "the system's"),
-            ("queue", queue), ("identity", identity), ("clock", clock)]:
+    station = Station(call)
+    rows, lines, status = [], [], 0
+    for name, step in station.steps():
         try:
-            text, error = get() if callable(get) else get, None
+            text, error = step(), None
             mark = "-   " if text.startswith("not ") else "ok  "
         except Error as failure:
-            text, error, mark = failure.message, failure.as_json(), "FAIL"
+            text, error = failure.text, failure
+            mark = "FAIL"
             status = status or failure.exit_code
-            if text in [row["text"] for row in rows]:
-                continue        # told already
-        rows.append({"name": name, "ok": not error, "text": text, "error": error})
-        lines.append(f"{mark}  {name:<9} {' '.join(text.split())}")
-        if error:
-            lines.append("      Fix: " + " ".join((error["hint"] or "").split()))
-    return Result({"data": rows}, lines, rows, ids=(), status=status,
-                  columns=[(key, key) for key in ("name", "ok", "text")])
+        if error and text in [row["text"] for row in rows]:
+            continue        # told already
+        rows.append({"name": name, "ok": error is None, "text": text,
+                     "error": error.as_json() if error else None})
+        one_line = " ".join(text.split())
+        lines.append(f"{mark}  {name:<9} {one_line}")
+        if error and error.hint:
+            lines.append("      Fix: " + " ".join(error.hint.split()))
+    return Result.text({"data": rows}, lines, ids=(), rows=rows, status=status)
+
+
+def openssl_version():
+    """The OpenSSL of this Python, or None where it has no ssl."""
+    try:
+        from ssl import OPENSSL_VERSION
+    except ImportError:
+        return None
+    return OPENSSL_VERSION
 
 
 def version_text():
+    """What an audit of many copies asks, a line each."""
     path = os.path.abspath(__file__)
     with open(path, "rb") as file:
-        sha256 = digest([file.read()])
+        sha256 = sha256_of([file.read()])
+    python = sys.version.split()[0]
+    openssl = openssl_version() or "no ssl in this Python"
+    lines = [
+        f"version  {PROG} {__version__}",
+        f"sha256   {sha256}",
+        f"python   {python} on {sys.platform}",
+        f"openssl  {openssl}",
+        f"path     {path}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# ---- queue commands ------------------------------------------------------------------------------
+
+QUEUED_SECONDS = 10         # after the commit, create --queue ends within this time
+
+
+def run_create(call):
+    if call.get("example"):
+        return Result.text(EXAMPLE_RUN, dump_json(EXAMPLE_RUN, 2).split("\n"))
+    wire, findings = examine_create(call)
+    queue_is_named = call.get("queue") or environment("TOFUPILOT_QUEUE")
+    if (queue_is_named or call.get("offline")) and not call.is_dry_run:
+        return create_queued(call, wire, findings)
+    return create_directly(call, wire, findings)
+
+
+def create_queued(call, wire, findings):
+    """Stores a run, then sends it and older ones for ten seconds at most."""
+    path = queue_path(call)
+    allow_http = bool(call.get("allow_http"))
+    server = named_server(call.get("url"), allow_http, call.console.warn)
+    files, unreadable = open_files(attached_paths(call))
+    body = storable_request(wire)
+    with contextlib.ExitStack() as stack:
+        try:
+            # Open to the end: see open_queues about a second descriptor.
+            queue = stack.enter_context(Queue(path))
+            stored = queue.store(body, files, server, findings.problems)
+        except Unavailable as error:
+            return create_unqueued(call, wire, findings, error)
+        left_out = unreadable + stored.left_out
+        is_parked = stored.entry["state"] == "parked"
+        problems = findings.problems if is_parked else []
+        call.queued_status = 5 if is_parked or left_out else 0
+        trouble = []
+        if stored.entry["state"] == "waiting" and not call.get("offline"):
+            send_for_a_while(call, path, trouble)
+        entry = queue.by_ref(stored.entry["ref"]) or stored.entry
+        result = queued_result(call, queue, stored, entry, wire, trouble)
+        for note in stored.notes:
+            call.console.note(note)
+        tell_left_out(call, left_out)
+        if entry["state"] == "parked":
+            tell_parked(call, entry, problems)
+        tell_old(call, queue, entry)
+    result.status = call.queued_status
+    problems = problems + left_out_problems(left_out)
+    if problems:
+        result.document["state"] = entry["state"]
+        result.document["problems"] = problems
+    return result
+
+
+def send_for_a_while(call, path, trouble):
+    """One pass over the queue in a thread. Nothing here is a failure: the run is stored."""
+    def send():
+        try:
+            with Queue(path) as queue:
+                work = SendPass(queue, call.client(0))
+                work.run()
+                for _, reason in work.failures:
+                    trouble.append(reason)
+        except Exception as error:
+            trouble.append(str(error))
     try:
-        from ssl import OPENSSL_VERSION as openssl
-    except ImportError:
-        openssl = "no ssl in this Python"
-    return (f"version  {PROG} {__version__}\nsha256   {sha256}\n"
-            f"python   {sys.version.split()[0]} on {sys.platform}\nopenssl  {openssl}\n"
-            f"path     {path}\n")
+        with contextlib.suppress(KeyboardInterrupt):
+            wait = start_thread(send)
+            wait(QUEUED_SECONDS)
+    except RuntimeError as error:
+        trouble.append(f"not sent yet: {error}")
+
+
+def queued_result(call, queue, stored, entry, wire, trouble):
+    """What a create with a queue prints: the run, or that it waits and why."""
+    is_sent = entry["state"] == "sent"
+    run_id = entry["run_id"] if is_sent else None
+    document = {"id": run_id, "queued": not is_sent, "client_run_ref": entry["ref"]}
+    ref = entry["ref"][:12]
+    path = printable(queue.path)
+    if is_sent:
+        title = "Created run"
+        if stored.entry["state"] == "sent":
+            title = "Already there: run"
+        shown = dict(wire, serial_number=entry["serial_number"])
+        lines = created_lines(call.client(0), shown, run_id, title)
+        for file in queue.files(entry["id"]):
+            lines.append(f"  Attached {file.name}  {size_text(file.size)}")
+        return Result.text(document, lines)
+    if entry["state"] == "parked":
+        return Result.text(document, [f"Parked {ref} in {path}"], ids=())
+    waiting = queue.meta()["waiting"]
+    lines = [f"Queued {ref} in {path}, {entry['state']}; {waiting} waiting"]
+    if entry["state"] in ("moving", "moved"):
+        target = entry["target"].partition(" ")[2]
+        lines.append(f"  moved to {target}")
+    elif entry["error"]:
+        lines.append("  " + printable(entry["error"], 300))
+    elif trouble:
+        lines.append("  " + printable(trouble[0], 300))
+    return Result.text(document, lines, ids=())
+
+
+def tell_left_out(call, left_out):
+    for name, reason in left_out:
+        call.console.warn(f"{printable(name)} was left out: {reason}")
+
+
+def tell_parked(call, entry, problems):
+    """Says why a run is parked, and the command that corrects it."""
+    reasons = group_issues(problems)
+    if not reasons:
+        reasons = [entry["error"] or "refused"]
+    for reason in reasons:
+        call.console.note("  " + printable(reason, 500))
+    command = queue_command("fix", entry["ref"][:12], queue=call.get("queue"))
+    call.console.note(f"Fix: {command} [flags of create]")
+
+
+def tell_old(call, queue, entry):
+    """Says that runs are parked, or wait for more than a day."""
+    meta = queue.meta()
+    oldest = queue.oldest_waiting()
+    is_old = oldest is not None and time.time() - oldest > 86400
+    others_parked = meta["parked"] and entry["state"] != "parked"
+    if is_old or others_parked:
+        command = queue_command("ls", queue=call.get("queue"))
+        path = printable(queue.path)
+        call.console.warn(f"{queue_text(meta)} in {path}: see {command}")
+
+
+def create_unqueued(call, wire, findings, error):
+    """The queue cannot be written: sends the run directly, or says that it is NOT stored."""
+    failure = error
+    if not call.get("offline"):
+        call.console.warn(f"{error.text}; the run is sent directly")
+        try:
+            return create_directly(call, wire, findings)
+        except Error as failed:
+            if failed.id:
+                raise       # the run is stored, a file is not
+            failure = failed
+    told = Unavailable(failure.message, failure.hint, failure.status, failure.code, failure.issues)
+    told.notes = failure.notes
+    raise told.with_note("the run is NOT stored in the queue") from None
+
+
+def create_directly(call, wire, findings):
+    if findings.problems:
+        raise problems_error(findings.problems)
+    files = [LocalFile(path) for path in attached_paths(call)]
+    return create_now(call, with_ref(wire), files)
+
+
+def open_queue(call, read_only=False):
+    """The queue that a command works on, which must be there."""
+    return Queue(queue_path(call), must_exist=True, read_only=read_only)
+
+
+def refuse_dry_run(call):
+    """For commands that send no request."""
+    if call.is_dry_run:
+        raise BadInput("--dry-run: this command sends no request, it changes the queue",
+                       "queue ls shows what is in it")
+
+
+def entry_json(entry):
+    """An entry as queue ls shows it."""
+    return {
+        "client_run_ref": entry["ref"],
+        "state": entry["state"],
+        "outcome": entry["outcome"],
+        "serial_number": entry["serial_number"],
+        "procedure_id": entry["procedure_id"],
+        "stored_at": utc_from_epoch(entry["stored_at"]),
+        "tries": entry["tries"],
+        "next_try_at": utc_from_epoch(entry["next_try_at"] or None),
+        "error": entry["error"],
+        "run_id": entry["run_id"],
+        "attachments": entry["files"],
+    }
+
+
+def run_queue_ls(call):
+    where = "state NOT IN ('storing', 'fixed', 'sent', 'moved')"
+    columns = QUEUE_COLUMNS
+    if call.get("sent"):
+        where = "state NOT IN ('storing', 'fixed')"
+        columns = RECEIPT_COLUMNS
+
+    def rows():
+        with open_queue(call, read_only=True) as queue:
+            for window in queue.windows(where):
+                yield [entry_json(entry) for entry in window]
+    with open_queue(call, read_only=True) as queue:
+        meta = queue.meta()
+    if not call.is_quiet:
+        size = size_text(meta["bytes"])
+        call.console.note(f"{queue_text(meta)}, {size} in {meta['file']}")
+    del meta["moving"]      # the rows say it; the document has the keys that were promised
+    return Result.table({"meta": meta}, rows(), columns, id_key="client_run_ref")
+
+
+def run_queue_get(call):
+    folder = call.get("download")
+    saved = []
+    with open_queue(call, read_only=True) as queue:
+        entry = queue.find(given_refs(call, most=1)[0])
+        files = queue.files(entry["id"])
+        body = queue.body(entry["id"])
+        if folder and body:
+            saved = save_queued_files(call, files, folder)
+    if not body and call.format == "json":
+        raise NotFound(f"the request of {entry['ref'][:12]} is gone: it is {entry['state']}",
+                       "queue ls --sent --json shows what is left")
+    lines = entry_lines(entry)
+    sizes = [f"{file.name}  {size_text(file.size)}" for file in files]
+    lines += section("ATTACHMENTS", sizes)
+    lines += section("SAVED", saved)
+    return Result.text(request_of(entry, body), lines, ids=[entry["ref"]])
+
+
+def save_queued_files(call, files, folder):
+    """Saves the files of an entry: their paths."""
+    paths = []
+    for file in files:
+        if not file.has_content():
+            call.console.warn(f"{file.name} went up already and is not in the queue any more")
+            continue
+
+        def write(target, file=file):
+            for block in file.blocks():
+                write_block(target, block)
+        paths.append(save_new(folder, file.name, write))
+    return paths
+
+
+def entry_lines(entry):
+    """What is known of an entry, for people."""
+    facts = entry_json(entry)
+    facts["server"] = entry["origin"] or entry["server"]
+    lines = []
+    for name, value in facts.items():
+        if value not in (None, ""):
+            lines.append(f"{name:<15} {value}")
+    return lines
+
+
+def request_of(entry, body):
+    """The request of an entry as create takes it; a ref made from the content is left out."""
+    try:
+        request = json.loads(body or "{}")
+    except ValueError:
+        raise Damaged(f"the request of {entry['ref'][:12]} in the queue file is damaged") from None
+    if entry["ref"] == entry["content"]:
+        request.pop("client_run_ref", None)
+    return request
+
+
+def given_refs(call, most=None, needs="a REF is missing: queue ls shows them"):
+    """The REFs that a queue command was given."""
+    words = call.arguments.words
+    if not words or most and len(words) > most:
+        raise BadInput(needs, f"{PROG} {call.name} --help")
+    return words
+
+
+def run_queue_fix(call):
+    refuse_dry_run(call)
+    word = given_refs(call, most=1)[0]
+    require_correction(call, word)
+    with open_queue(call) as queue:
+        entry = queue.find(word)
+        require_correctable(entry)
+        wire, findings = corrected_request(call, queue, entry)
+        values = entry_values(storable_request(wire), findings.problems)
+        values["state"] = "parked" if findings.problems else "waiting"
+        files, unreadable = open_files(attached_paths(call))
+        stored = queue.correct(entry, values, files)
+    left_out = unreadable + stored.left_out
+    tell_left_out(call, left_out)
+    ref = stored.entry["ref"]
+    state = stored.entry["state"]
+    lines = [f"Fixed {ref[:12]}, {state}"]
+    if findings.problems:
+        lines = [f"{ref[:12]} is still parked"]
+        tell_parked(call, stored.entry, findings.problems)
+    status = 5 if findings.problems or left_out else 0
+    document = {"client_run_ref": ref, "state": state, "problems": findings.problems}
+    return Result.text(document, lines, ids=[ref], status=status)
+
+
+def require_correction(call, word):
+    """BadInput where no flag says what to correct."""
+    others = {"queue"} | set(GLOBAL.by_name)
+    if not set(call.arguments.flags) - others:
+        command = queue_command("fix", word, queue=call.get("queue"))
+        raise BadInput("nothing to correct: give flags of create",
+                       f"such as {command} --part-number PCB01")
+
+
+def corrected_request(call, queue, entry):
+    """(the request of an entry with the flags of the command line, Findings)."""
+    start = None
+    if not call.arguments.flags.get("body"):
+        start = request_of(entry, queue.body(entry["id"]))
+    wire, findings = examine_create(call, start)
+    has_own_ref = entry["ref"] != entry["content"]
+    if has_own_ref and "client_run_ref" not in wire:
+        wire["client_run_ref"] = entry["ref"]       # one given by hand stays
+    return wire, findings
+
+
+def run_queue_rm(call):
+    refuse_dry_run(call)
+    with open_queue(call) as queue:
+        entries = [queue.find(word) for word in given_refs(call)]
+        ask(call, f"Remove {counted(len(entries), 'run')} from the queue?")
+        with queue.sender_lock() as is_alone, queue.transaction():
+            for entry in entries:
+                if not is_alone:
+                    require_not_under_way(queue, entry)
+                queue.drop("id = ?", entry["id"])
+        queue.release_room()
+    removed = [entry["ref"] for entry in entries]
+    lines = []
+    for entry in entries:
+        facts = [entry["ref"][:12], entry["serial_number"], entry["outcome"]]
+        text = " ".join(fact for fact in facts if fact)
+        lines.append(f"Removed {text} ({entry['state']})")
+    return Result.text({"client_run_ref": removed}, lines, ids=removed)
+
+
+def require_not_under_way(queue, entry):
+    """Unavailable where another process may be sending the entry right now."""
+    now = queue.by_number(entry["id"])
+    if now and now["state"] == "waiting" and now["tried_at"]:
+        raise Unavailable(f"{entry['ref'][:12]} may be on its way to the server right now",
+                          "run the same command again")
+
+
+def run_queue_send(call):
+    jitter = call.get("jitter")
+    if jitter:
+        time.sleep(delay(0, jitter))
+    with open_queue(call) as queue:
+        if call.is_dry_run:
+            return show_sends(call, queue)
+        return send_queue(call, queue)
+
+
+def run_queue_retry(call):
+    words = call.arguments.words
+    with open_queue(call) as queue:
+        if call.is_dry_run:
+            return show_sends(call, queue)
+        if words:
+            entries = [queue.find(word) for word in words]
+            forced = {entry["ref"] for entry in entries}
+        else:
+            entries = queue.entries("state IN ('waiting', 'parked')")
+            forced = None
+        for entry in entries:
+            make_ready(call, queue, entry, is_named=bool(words))
+        return send_queue(call, queue, lambda entry: forced is None or entry["ref"] in forced)
+
+
+def make_ready(call, queue, entry, is_named):
+    """Makes a parked entry wait again, and takes one that never went out to --url."""
+    if entry["state"] not in ("waiting", "parked"):
+        return
+    if entry["state"] == "parked" and (is_named or passes_checks(queue, entry)):
+        queue.change(entry["id"], state="waiting", next_try_at=0, suspect=0)
+    url = call.get("url")
+    if url and not entry["tried_at"] and not entry["run_id"]:
+        queue.change(entry["id"], server=server_name(url))
+
+
+def passes_checks(queue, entry):
+    """Whether the checks of this version take the request of an entry."""
+    try:
+        body = json.loads(queue.body(entry["id"]))
+        _, findings = examine("create", body)
+    except (AttributeError, TypeError, ValueError):
+        return False
+    return not findings.problems
+
+
+def show_sends(call, queue):
+    """--dry-run of a pass: the creates that would go out."""
+    client = call.client(0)
+    for entry in queue.entries("state = 'waiting'"):
+        body = json.loads(queue.body(entry["id"]))
+        client.send_create(body)
+    return None
+
+
+def send_queue(call, queue, is_forced=lambda entry: False):
+    """One pass; the result is what was sent, and an exit status that tells what was not."""
+    console = call.console
+    work = SendPass(queue, call.client(0), console.log, is_forced)
+    was_alone = work.run()
+    meta = queue.meta()
+    codes = set(work.exit_codes)
+    if not was_alone:
+        console.note("another process is sending this queue: nothing to do")
+    elif meta["parked"]:
+        codes.add(5)
+    text = pass_text(call, queue, work, meta)
+    if work.sent or codes or isatty(sys.stdout):
+        console.log(text)
+    document = {"sent": len(work.sent), "waiting": meta["waiting"], "parked": meta["parked"]}
+    rows = sent_rows(queue.path, work.sent)
+    result = Result.table(document, rows, SENT_COLUMNS, rows_key="runs", is_logged=True)
+    for code in (6, 5, 3):
+        if code in codes:
+            result.status = code
+    if result.status and not console.is_logging:    # else the log has told it
+        result.error = pass_error(call, work, result.status, text)
+    return result
+
+
+def pass_text(call, queue, work, meta):
+    """What came of a pass, in a line."""
+    text = f"{len(work.sent)} sent, {queue_text(meta)}"
+    rows = queue.sql("SELECT min(next_try_at) AS soon FROM entry WHERE state = 'waiting'")
+    soon = rows[0]["soon"]
+    if is_number(soon) and soon > time.time():
+        text += f"; next try {ago(time.time() - soon)}"
+    if meta["parked"]:
+        command = queue_command("ls", queue=call.get("queue"))
+        text += f"; see {command}"
+    return text
+
+
+def pass_error(call, work, status, text):
+    """The Error of a pass that did not send all."""
+    kinds = {3: AccessDenied, 5: Refused, 6: Unavailable}
+    for entry, reason in work.failures:
+        text += f"; {entry['serial_number']}: {reason}"
+    command = queue_command("ls", queue=call.get("queue"))
+    return kinds[status](text, f"{command} tells why")
+
+
+def sent_rows(path, numbers):
+    """{"client_run_ref", "id"} of receipts, a few at a time."""
+    with Queue(path, must_exist=True, read_only=True) as queue:
+        for start in range(0, len(numbers), WINDOW):
+            some = ", ".join(map(str, numbers[start:start + WINDOW]))
+            rows = queue.sql(f"SELECT ref, run_id FROM entry WHERE id IN ({some}) ORDER BY id")
+            yield [{"client_run_ref": row["ref"], "id": row["run_id"]} for row in rows]
+
+
+def run_queue_move(call):
+    refuse_dry_run(call)
+    target = given_refs(call, most=1, needs="FILE is missing: the queue to move to")[0]
+    with open_queue(call) as queue:
+        count, path = move(queue, local_path(target))
+    text = "Nothing is waiting"
+    if count:
+        text = f"Moved {counted(count, 'run')} to {path}, which holds the only copy now"
+    return Result.text({"moved": count, "file": path}, [text], ids=())
 
 
 # ---- command line --------------------------------------------------------------------------------
 
-Command = collections.namedtuple("Command", "run fields sentence examples words")
+class Command:
+    """A command: the function that runs it, its flags, and its help.
 
-GLOBAL = _table("""
-output:
-  json flag | the server's JSON on stdout, and errors as JSON on stderr
-  format enum table json jsonl csv | form of the output | csv
-  columns text | fields to show, for table, csv and jsonl | id,unit.serial_number
-  out path | write to a file, replaced at the end only | runs.csv
-  q flag | IDs only / v flag | a line for each request on stderr
-  dry_run flag | print the requests, send nothing
-connection:
-  url text | the server, else TOFUPILOT_URL, else the credentials file, else the cloud | \
-https://tofupilot.example.com
-  api_key_file path | file with the key, or -; else TOFUPILOT_API_KEY, else \
-~/.tofupilot/credentials.json | /etc/tofupilot.key
-  ca_cert path | a private CA, besides the system's; else TOFUPILOT_CA_CERT | factory.pem
-  timeout seconds | seconds for each wait on the network (30) | 10
-  retries count | tries after the first (3) | 0
-  allow_http flag | plain http to another machine
-""")
-SET = _table("metadata: / set text* | a key without JSON quoting; a number only as JSON writes it "
-             "(1.5, not 1.50), else text | shift=A temp=23.4")
-QUEUE = _table("queue: / queue path | the queue file; else TOFUPILOT_QUEUE, else runs.queue in "
-               "~/.tofupilot | line3.queue")
-
-
-def _command(run, fields, text, words=""):
-    """A Command of a text: one sentence, then examples ($) and the rows of flags of its own.
-
-    `words`: what it takes besides flags, as the usage line says it.
+    `words` says in the usage line what it takes besides flags; `word_field` is the field that plain
+    words stand for, where they are no REFs or files.
     """
-    sentence, *lines = text.split("\n")
-    rows = "\n".join(line for line in lines if line[:1] != "$")
-    examples = [line[1:] for line in lines if line[:1] == "$"]
-    return Command(run, fields + _table(rows), sentence, examples, words)
+
+    def __init__(self, run, sentence, fields, examples=(), words="", word_field=None):
+        self.run = run
+        self.sentence = sentence
+        self.fields = fields
+        self.examples = examples
+        self.words = words
+        self.word_field = word_field
 
 
 COMMANDS = {
-    "ls": _command(run_ls, LIST, """List runs, newest first.
-$ --procedure-ids proc_abc --outcomes PASS --limit 50
-$ --started-after 24h --outcomes FAIL --format csv --out failures.csv
-$ --serial-numbers SN-0001 --fail-empty -q
-$ --started-after 7d --summary
-page and order: / all flag | all runs that match / page_size page | rows a request, 1 to 100 | 100
-output: / fail_empty flag | exit 4 when no run matches
-  summary flag | counts, yields, the serials that fail most, over all pages"""),
-    "get": _command(run_get, ID, """Show a run: verdict, phases, measurements, files.
-$ --id run_abc123
-$ --id run_abc123 --failed-only --logs
-$ --id run_abc123 --download evidence
-output: / failed_only flag | phases and measurements that failed / logs flag | the log lines too
-  download path | save all attachments in a folder | evidence
-  exit_status flag | exit 10 unless the run is PASS"""),
-    "create": _command(run_create, CREATE + SET + QUEUE, """\
-Create a run. The same command again is the same run.
-$ --outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at \
-2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z
-$ --body @run.json --attach report.pdf scope.png
-$ --body @run.json --queue line3.queue
-content: / body text | the whole request as JSON; flags override its fields | @run.json
-  attach path* | files to upload and link | report.pdf scope.png
-queue: / offline flag | store in the queue only: no network, no key"""),
-    "update": _command(run_update, OPERATIONS["update"].fields, """Link uploads to a run.
-$ --id run_abc --attachments att_1 att_2"""),
-    "update-metadata": _command(
-        run_update_metadata, OPERATIONS["update_metadata"].fields + SET, """\
-Set or delete keys of a run's metadata; the others stay.
-$ --id run_abc --metadata '{"shift":"A","temp":23.4}'
-$ --id run_abc --set shift=A --set lot=null"""),
-    "create-attachment": _command(run_create_attachment, ID + NAME, """\
-Attach a file to a run, or reserve a place for one.
-$ --id run_abc --file report.pdf
-$ --id run_abc --name report.pdf
-file: / file path | upload this file and link it; --name is then its own | report.pdf"""),
-    "rm": _command(run_rm, OPERATIONS["delete"].fields, """\
-Delete runs, with all that belongs to them.
-$ --ids run_a run_b
-$ --ids @old.txt --yes
-output: / yes flag | do not ask"""),
-    "attachments initialize": _command(run_initialize, NAME, """Make an upload that no run has yet.
-$ --name report.pdf"""),
-    "attachments finalize": _command(run_finalize, OPERATIONS["finalize"].fields, """\
-Close an upload whose bytes were PUT by hand.
-$ --id att_1"""),
-    "queue ls": _command(run_queue_ls, QUEUE, """\
-List the runs that wait, and those that the server refused (parked).
-$
-$ --queue line3.queue --sent
-output: / sent flag | receipts of the last 30 days too"""),
-    "queue get": _command(run_queue_get, QUEUE, """\
-Show an entry of the queue (REF); --json is its request, for create --body.
-$ 3e1f7d02
-$ 3e1f7d02 --json --out run.json
-output: / download path | save its attachments in a folder | evidence""", "REF"),
-    "queue send": _command(run_queue_send, QUEUE, """Send what is due, oldest first. For cron.
-$ --jitter 60
-$ --queue line3.queue
-queue: / jitter seconds | wait up to so long first: many stations share a minute | 60"""),
-    "queue retry": _command(lambda call: run_queue_send(call, retry=True), QUEUE, """\
-Send parked and waiting runs (REFs, or all) without waiting.
-$
-$ 3e1f7d02""", "[REF ...]"),
-    "queue rm": _command(run_queue_rm, QUEUE, """Remove entries (REFs) from the queue, unsent.
-$ 3e1f7d02
-output: / yes flag | do not ask""", "REF ..."),
-    "queue move": _command(run_queue_move, QUEUE, """\
-Hand all waiting runs to another queue file, such as on a stick.
-$ /media/stick/line3.queue""", "FILE"),
-    "check": _command(run_check, QUEUE, """\
-Is this station set up? The first command on a new one.
-$"""),
+    "ls": Command(
+        run_ls, "List runs, newest first.",
+        LIST.fields + group(
+            "page and order",
+            Field("all", "flag", "all runs that match"),
+            Field("page_size", "page", "rows a request, 1 to 100", "100"),
+        ) + group(
+            "output",
+            Field("fail_empty", "flag", "exit 4 when no run matches"),
+            Field("summary", "flag", "counts, yields and the serials that fail most, of all pages"),
+        ),
+        ["--procedure-ids proc_abc --outcomes PASS --limit 50",
+         "--started-after yesterday --outcomes FAIL --all --format xlsx --out failures.xlsx",
+         "--serial-numbers SN-0001 --fail-empty -q",
+         "--started-after 7d --summary"]),
+    "get": Command(
+        run_get, "Show runs: verdict, phases, measurements, files.",
+        group(
+            "which runs",
+            Field("ids", "id", "run IDs, as plain words too, or @FILE or - with one a line",
+                  "run_abc123", many=True),
+            Field("serial_number", "serial", "the newest run of this unit instead", "SN-0001"),
+        ) + group(
+            "output",
+            Field("failed_only", "flag", "phases and measurements that failed"),
+            Field("logs", "flag", "the log lines too"),
+            Field("download", "path", "save all attachments in a folder", "evidence"),
+            Field("exit_status", "flag", "exit 10 unless every run is PASS"),
+        ),
+        ["run_abc123", "--serial-number SN-0001 --failed-only --logs",
+         "run_abc123 --download evidence", "--ids @ids.txt --format xlsx --out m.xlsx"],
+        "ID ...", "ids"),
+    "create": Command(
+        run_create, "Create a run. The same command again is the same run.",
+        REQUEST + group("content", Field(
+            "example", "flag", "print a body with all that can stand in it, and send nothing")
+        ) + QUEUE + group("queue", Field(
+            "offline", "flag", "store in the queue only: no network, no key")),
+        ["--outcome PASS --procedure-id proc_abc --serial-number SN-0001 --started-at "
+         "2026-05-19T08:00:00Z --ended-at 2026-05-19T08:00:42Z",
+         "--example --out run.json",
+         "--body @run.json --attach report.pdf scope.png",
+         "--body @run.json --queue line3.queue"]),
+    "update": Command(
+        run_update, "Link uploads to a run.", OPERATIONS["update"].fields,
+        ["run_abc --attachments att_1 att_2"], "ID", "id"),
+    "update-metadata": Command(
+        run_update_metadata, "Set or delete keys of a run's metadata; the others stay.",
+        OPERATIONS["update_metadata"].fields + SET + UNSET,
+        ["""run_abc --metadata '{"shift":"A","temp":23.4}'""", "run_abc --set shift=A --unset lot"],
+        "ID", "id"),
+    "create-attachment": Command(
+        run_create_attachment, "Attach a file to a run, or reserve a place for one.",
+        RUN_ID.fields + group(
+            "file",
+            Field("name", "name", "the file's name on the run, with its extension", "report.pdf"),
+            Field("file", "path", "upload this file and link it; --name is then its own",
+                  "report.pdf"),
+        ),
+        ["run_abc --file report.pdf", "--id run_abc --name report.pdf"], "ID", "id"),
+    "rm": Command(
+        run_rm, "Delete runs, with all that belongs to them.", RUN_IDS.fields + YES,
+        ["run_a run_b", "--ids @old.txt --yes"], "ID ...", "ids"),
+    "attachments initialize": Command(
+        run_initialize, "Make an upload that no run has yet.", FILE_NAME.fields,
+        ["--name report.pdf"]),
+    "attachments finalize": Command(
+        run_finalize, "Close an upload whose bytes were PUT by hand.", UPLOAD_ID.fields,
+        ["--id att_1"]),
+    "queue ls": Command(
+        run_queue_ls, "List the runs that wait, and those that were refused (parked).",
+        QUEUE + group("output", Field("sent", "flag", "receipts of the last 30 days too")),
+        ["", "--queue line3.queue --sent"]),
+    "queue get": Command(
+        run_queue_get, "Show an entry (REF); --json is its request, for create --body.",
+        QUEUE + group("output", Field(
+            "download", "path", "save its attachments in a folder", "evidence")),
+        ["3e1f7d02", "3e1f7d02 --json --out run.json"], "REF"),
+    "queue fix": Command(
+        run_queue_fix, "Correct an entry (REF) that is not on a server, with create's flags.",
+        optional(REQUEST) + QUEUE,
+        ["3e1f7d02 --part-number PCB01", "3e1f7d02 --body @run.json --attach log.txt"], "REF"),
+    "queue send": Command(
+        run_queue_send, "Send what is due, oldest first. For cron.",
+        QUEUE + group("queue", Field(
+            "jitter", "seconds", "wait up to so long first: many stations share a minute", "60")),
+        ["--jitter 60 --url https://tofupilot.example.com", "--queue line3.queue"]),
+    "queue retry": Command(
+        run_queue_retry, "Send parked and waiting runs (REFs, or all) without waiting.",
+        QUEUE, ["", "3e1f7d02"], "[REF ...]"),
+    "queue rm": Command(
+        run_queue_rm, "Remove entries (REFs) from the queue, unsent.", QUEUE + YES,
+        ["3e1f7d02"], "REF ..."),
+    "queue move": Command(
+        run_queue_move, "Hand all waiting runs to another queue file, such as on a stick.",
+        QUEUE, ["/media/stick/line3.queue"], "FILE"),
+    "check": Command(
+        run_check, "Is this station set up? The first command on a new one.", QUEUE, [""]),
 }
+FAMILIES = {"attachments": "uploads by hand", "queue": "runs that wait"}
 
-SUMMARY = f"""usage: {PROG} COMMAND [flags]    manual: {PROG} --help
+OWN_KINDS = ("path", "seconds", "page")     # of flags that are never part of a request
+TELL_EMPTY = ("id", "serial", "identifier", "enum")     # kinds whose check names an empty value
 
-  ls                  list runs            get               show one
-  create              store a run          rm                delete runs
-  update              link uploads         update-metadata   set or delete keys
-  create-attachment   attach a file        attachments       uploads by hand
-  queue               runs that wait       check             is this set up?
+# By kind of a field; else the last word of its name.
+METAVARS = {"id": "ID", "duration": "DURATION", "time": "TIME", "when": "TIME", "seconds": "S",
+            "record": "JSON", "metadata": "JSON", "object": "JSON", "integer": "N", "limit": "N",
+            "count": "N", "page": "N", "path": "FILE", "boolean": "true|false"}
+NAMED_METAVARS = {"body": "JSON", "set": "KEY=VALUE", "unset": "KEY"}
 
-first steps: export TOFUPILOT_API_KEY=..., then {PROG} check
+EXIT_STATUS = """\
+  0  done, or stored in the queue       4  not found
+  1  unexpected: a bug, a disk error    5  the server refused the data, or the
+  2  wrong usage; nothing was sent         run is in the queue but parked
+  3  no key, or not allowed             6  unavailable: run it again later
+  10  --exit-status: a run is not PASS   130, 143  stopped by Ctrl-C or SIGTERM
 """
 
-MANUAL = f"""{PROG} {__version__}: the test runs of a TofuPilot server, from one file.
+ABOUT_QUEUE = """\
+  create --queue FILE stores the run first, then sends it: exit 0 is safe
+  whatever the network does. create --offline only stores it. queue send, from
+  cron, sends what waits; name the server with --url there. A run that is
+  refused is parked: queue fix corrects it. queue move FILE hands all waiting
+  runs to a stick; never copy the file.
+"""
 
-{SUMMARY}
-Each command's help has examples and every flag:  {PROG} ls --help
+
+def command_list():
+    """The commands with their sentences, a line each."""
+    lines = []
+    for name, command in COMMANDS.items():
+        if " " not in name:
+            lines.append(f"  {name:<18} {command.sentence}")
+    for family, what in FAMILIES.items():
+        names = ", ".join(name.partition(" ")[2] for name in inner_commands(family))
+        lines.append(f"  {family:<18} {what}: {names}")
+    return "\n".join(lines)
+
+
+def summary_text():
+    """What a call without a command prints."""
+    return (f"usage: {PROG} COMMAND [flags]    manual: {PROG} --help\n\n{command_list()}\n\n"
+            f"first steps: {set_variable('TOFUPILOT_API_KEY', '...')}, then {PROG} check\n")
+
+
+def manual_text():
+    """The top help: all that a station without a network needs to know."""
+    flags = "".join(flag_help(field) for field in GLOBAL.fields)
+    return f"""\
+{PROG} {__version__}: the test runs of a TofuPilot server, from one file.
+
+{summary_text()}
+Each command's help has examples and its flags:  {PROG} ls --help
 The word runs may stand before a command. List flags take several words and may
 be repeated. JSON flags also take @FILE, or - for stdin. A value that begins
 with - needs = before it. Times: ISO 8601, local without an offset; in ls also
-24h, 7d, now.
+a date, today, yesterday, 24h, 7d, now.
 
 every command
-  --json             the server's JSON; errors as JSON on stderr
-  --format FORMAT    table, json, jsonl, csv     --columns id,outcome
-  --out FILE         written beside, replaced at the end
-  -q, -v             IDs only; a line for each request
-  --dry-run          print the requests, send nothing
-  --url URL          the server                  --api-key-file FILE
-  --ca-cert FILE     a private CA                --timeout S, --retries N
-  --allow-http       plain http to another machine
-  --version          version and sha256 of this file, Python, OpenSSL
+{flags}  {"--version":<19} version and sha256 of this file, Python, OpenSSL
 
 exit status
-  0  done, or stored in the queue          4  not found
-  1  unexpected: a bug, a disk error       5  the server refused the data
-  2  wrong usage; nothing was sent         6  unavailable: the same again later
-  3  no key, or not allowed               10  --exit-status: it is not PASS
-  130, 143  stopped by Ctrl-C or SIGTERM
-
+{EXIT_STATUS}
 environment
   TOFUPILOT_API_KEY   the key             TOFUPILOT_URL     the server
   TOFUPILOT_CA_CERT   a private CA        TOFUPILOT_QUEUE   the queue file
   TOFUPILOT_HOME      else ~/.tofupilot   HTTPS_PROXY, NO_PROXY, NO_COLOR
 
 queue
-  create --queue FILE stores the run first, then sends it: exit 0 is safe
-  whatever the network does. create --offline only stores it. queue send, from
-  cron, sends what waits. queue move FILE hands all to a stick; never copy it.
-"""
+{ABOUT_QUEUE}"""
 
 
-METAVARS = dict(id="ID", duration="DURATION", time="TIME", when="TIME", seconds="S", record="JSON",
-                metadata="JSON", object="JSON", integer="N", limit="N", count="N", page="N",
-                path="FILE", boolean="true|false")      # by kind; else a flag's last word
+def flag_help(field):
+    """A flag of every command for the manual, in lines of 79 columns."""
+    import textwrap
+    name = flag_name(field.name)
+    if field.kind != "flag":
+        name += " " + metavar(field)
+    text = field.help
+    if field.choices:
+        text += ": " + " ".join(field.choices)
+    lines = textwrap.wrap(text, 56)
+    indented = ("\n" + " " * 22).join(lines)
+    return f"  {name:<19} {indented}\n"
+
+
+def metavar(field):
+    if field.name in NAMED_METAVARS:
+        return NAMED_METAVARS[field.name]
+    last_word = field.name.rstrip("s").rpartition("_")[2]
+    return METAVARS.get(field.kind, last_word.upper())
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of a command or of a word before others. Its flags, or the commands below it, come
-    when it is called; what is wrong is raised."""
+    """The parser of a command, or of a word before others.
+
+    Its flags, or the commands below it, are added when it is called: only what the command line
+    needs is made. What is wrong is raised.
+    """
 
     def __init__(self, path="", **_):       # argparse offers a prog of its own, 3.14 a color
         def form(prog):
-            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30,
-                                                        width=min(100, terminal_width()) - 1)
-        words = COMMANDS[path].words if path in COMMANDS else ""
-        usage = " ".join(filter(None, [PROG, path, words, "[flags]"]))
-        super().__init__(f"{PROG} {path}".rstrip(), usage, add_help=False, formatter_class=form,
-                         argument_default=argparse.SUPPRESS)
-        self.path, self.color = path, False
+            width = min(100, terminal_width()) - 1
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width)
+        super().__init__(f"{PROG} {path}".rstrip(), add_help=False,
+                         formatter_class=form, argument_default=argparse.SUPPRESS)
+        self.path = path
+        self.color = False
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
 
     def parse_known_args(self, args=None, namespace=None):
         command = COMMANDS.get(self.path)
         if command:
             self.set_defaults(entry=self.path)
-            lines = [f"  {PROG} {self.path}{line}" for line in command.examples]
-            self.description = "\n".join([command.sentence, ""] + [
-                re.sub(r"^(.{1,76}) (?=--)", r"\1 \\\n      ", line) if len(line) > 79 else line
-                for line in lines])
-            add_flags(self, command.fields + GLOBAL)
+            add_flags(self, command.fields)
         else:
-            add_flags(self, GLOBAL)
             tree = self.add_subparsers(dest=self.path + " word")
-            words = [] if self.path else ["runs", "attachments", "queue"]
-            for name in inner_commands(self.path) + words:
+            families = [] if self.path else ["runs", *FAMILIES]
+            for name in inner_commands(self.path) + families:
                 tree.add_parser(name.rpartition(" ")[2], path=name)
+        add_flags(self, GLOBAL.fields, are_shown=False)
         return super().parse_known_args(args, namespace)
 
     def format_help(self):
-        if self.path in COMMANDS:
+        command = COMMANDS.get(self.path)
+        if command:
+            examples = [example_line(self.path, example) for example in command.examples]
+            names = " ".join(flag_name(field.name) for field in GLOBAL.fields)
+            self.usage = usage_of(self.path)
+            self.description = "\n".join([command.sentence, ""] + examples)
+            self.epilog = json_examples(command.fields)
+            self.epilog += wrapped(f"every command: {names}") + f"\n{PROG} --help explains these."
             return super().format_help()
-        return f"usage: {PROG} {self.path} COMMAND [flags]\n\n" + "".join(
-            f"  {name:<24}{COMMANDS[name].sentence}\n"
-            for name in inner_commands(self.path)) if self.path else MANUAL
+        if not self.path:
+            return manual_text()
+        lines = [f"usage: {PROG} {self.path} COMMAND [flags]", ""]
+        for name in inner_commands(self.path):
+            lines.append(f"  {name:<24}{COMMANDS[name].sentence}")
+        return "\n".join(lines) + "\n"
+
+    def print_help(self, file=None):
+        sys.stdout.write(self.format_help())    # argparse itself would hide a full disk
 
     def _get_option_tuples(self, option_string):
-        # no abbreviations; allow_abbrev=False would refuse -qv before 3.8
+        # No abbreviations; allow_abbrev=False would refuse -qv before 3.8.
         return [] if option_string.startswith("--") else super()._get_option_tuples(option_string)
 
     def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            meant = closest(value, list(action.choices))
-            raise BadInput(f"there is no command {shown(value, 60)}",
-                           f"did you mean {meant}?" if meant else f"{PROG} --help lists them")
+        if action.choices is None or value in action.choices:
+            return
+        hint = f"{PROG} --help lists them"
+        meant = closest(value, list(action.choices))
+        if meant:
+            hint = f"did you mean {meant}?"
+        elif value == "login":
+            hint = f"there is no login: {set_variable('TOFUPILOT_API_KEY', '<key>')}"
+        raise BadInput(f"there is no command {printable(value, 60)}", hint)
 
     def error(self, message):
-        raise BadInput(message.replace("argument ", "", 1), f"see {self.prog} --help"
-                       + ("; a value that begins with - needs = before it"
-                          if "expected" in message else ""))
+        hint = f"see {self.prog} --help"
+        if "expected" in message:
+            hint += "; a value that begins with - needs = before it"
+        raise BadInput(message.replace("argument ", "", 1), hint)
 
 
-def add_flags(parser, fields):
-    """The flags of a table's rows, in groups. A flag that is not given is not in the result."""
-    groups = {title: parser.add_argument_group(title)
-              for title in dict.fromkeys(field.group for field in fields)}
+def usage_of(path):
+    """The usage line of a command: its words, and the flags that it cannot do without."""
+    parts = [PROG, path]
+    command = COMMANDS.get(path)
+    if command:
+        parts.append(command.words)
+        for field in command.fields:
+            if field.required and field.name != command.word_field:
+                parts.append(f"{flag_name(field.name)} {metavar(field)}")
+    return wrapped(" ".join(part for part in parts + ["[flags]"] if part))
+
+
+def wrapped(text):
+    """A text in lines of 79 columns, none of which breaks a flag."""
+    import textwrap
+    return textwrap.fill(text, 72, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def example_line(path, example):
+    """An example of a command, in two lines where it is long."""
+    line = f"  {PROG} {path} {example}".rstrip()
+    if len(line) <= 79:
+        return line
+    return re.sub(r"^(.{1,76}) (?=--)", r"\1 \\\n      ", line)
+
+
+def add_flags(parser, fields, are_shown=True):
+    """Adds the flags of fields, in groups. A flag that is not given is not in the result."""
+    groups = {}
     for field in fields:
-        name, last_word = flag(field.name), field.name.rstrip("s").rpartition("_")[2]
-        more = {"metavar": METAVARS.get(field.kind) or last_word.upper()}
+        if are_shown and field.group not in groups:
+            groups[field.group] = parser.add_argument_group(field.group)
+        name = flag_name(field.name)
+        how = {"metavar": metavar(field)}
         if field.kind == "flag":
-            more = {"action": "store_true"}
+            how = {"action": "store_true"}
         if field.kind == "boolean":
-            more.update(nargs="?", const="true")
-        if field.many and not field.fields:
-            more.update(nargs="+", action="append")
-            if name.endswith("s"):      # the singular, accepted in silence
-                parser.add_argument(name[:-1], dest=field.name, help=argparse.SUPPRESS, **more)
-        text = ": ".join(filter(None, [field.help, " ".join(field.choices)]))
-        text += f"; e.g. {field.example}" if field.example and field.kind != "boolean" else ""
-        groups[field.group].add_argument(name, help=text.replace("%", "%%"), **more)
+            how.update(nargs="?", const="true")
+        if field.many and not field.record:
+            how.update(nargs="+", action="append")
+            if name.endswith("s"):      # the singular is accepted too
+                parser.add_argument(name[:-1], dest=field.name, help=argparse.SUPPRESS, **how)
+        text = help_text(field) if are_shown else argparse.SUPPRESS
+        groups.get(field.group, parser).add_argument(name, help=text, **how)
+
+
+def help_text(field):
+    """The help of a flag: meaning, values, whether it must be given, an example."""
+    text = field.help
+    if field.choices:
+        text += ": " + " ".join(field.choices)
+    if field.required:
+        text += " (required)"
+    if field.example and field.kind not in ("boolean", "record"):
+        text += "; e.g. " + field.example
+    return text.replace("%", "%%")
+
+
+def json_examples(fields):
+    """The flags that take JSON lists with an example of each, as they can be pasted."""
+    lines = []
+    for field in fields:
+        if field.record:
+            lines.append(f"  {flag_name(field.name)} {field.example}")
+    if not lines:
+        return ""
+    return "JSON, as a word or in a file (@FILE):\n" + "\n".join(lines) + "\n\n"
 
 
 def inner_commands(path):
     """The commands that begin with this word; without one, or after runs, those of one word."""
     if path in ("", "runs"):
         own = {"check"} if path else set()      # check is about the station: no command of runs
-        return [key for key in COMMANDS if " " not in key and key not in own]
-    return [key for key in COMMANDS if key.startswith(path + " ")]
+        return [name for name in COMMANDS if " " not in name and name not in own]
+    return [name for name in COMMANDS if name.startswith(path + " ")]
 
 
 def parse(argv):
-    """(command, its Call) of a command line; BadInput for what is wrong."""
+    """The Call of a command line; BadInput for what is wrong."""
     found, words = Parser().parse_known_args(argv)
-    found = vars(found)
-    path = found.pop("entry", "")
-    fields = (COMMANDS[path].fields if path else ()) + GLOBAL
-    known = {flag(field.name): field for field in fields}
+    path = getattr(found, "entry", "")
+    family = getattr(found, " word", "")
+    found = {name: value for name, value in vars(found).items() if name.isidentifier()}
+    found.pop("entry", None)
+    command = COMMANDS.get(path)
+    fields = GLOBAL.fields
+    if command:
+        fields = command.fields + fields
+    refuse_unknown_flags(path, fields, words, argv)
+    if not command:
+        names = inner_commands(family)
+        raise BadInput("a command is missing", "one of: " + ", ".join(names))
+    for field in fields:
+        if field.name in found and field.many and not field.record:
+            found[field.name] = [word for words_given in found[field.name] for word in words_given]
+    if words and command.word_field:
+        take_words(command, found, words)
+    elif words and not command.words:
+        shown = printable(words[0], 60)
+        raise BadInput(f"unexpected word {shown}", hint_for_word(path, words[0]))
+    arguments = Arguments(found, words, fields)
+    check_own_flags(path, arguments)
+    return Call(path, arguments)
+
+
+def check_own_flags(path, arguments):
+    """Refuses wrong values of flags that are no part of a request, and empty ones of all others.
+
+    What a create says is left to its checks: a queue stores it, whatever is wrong with it.
+    """
+    content = ("attach", *CREATE.names) if path in ("create", "queue fix") else ()
+    for name, value in arguments.flags.items():
+        field = arguments.fields[name]
+        if value == []:     # before 3.13 argparse drops the word --
+            raise BadInput(f"{flag_name(name)}: -- is not a value")
+        if name not in content and (field.kind in OWN_KINDS or name in GLOBAL.by_name):
+            arguments.get(name)
+        if name not in content and field.kind not in TELL_EMPTY:
+            words = value if field.many else [value]
+            if "" in [str(word).strip() for word in words]:
+                raise BadInput(f"{flag_name(name)}: is empty")
+
+
+def refuse_unknown_flags(path, fields, words, argv):
+    known = {flag_name(field.name): field for field in fields}
     for word in words:
         word = word.partition("=")[0]
-        if word.startswith("-") and word != "-" and word not in known:
-            meant = closest(word, list(known))
-            raise BadInput(f"unknown option {word[:60]}", (
-                f"did you mean {meant}? Example: {path} {meant} {known[meant].example}"
-                if meant else f"{PROG} {path}".strip() + " --help lists them"))
-    if not path:
-        raise BadInput("a command is missing",
-                       "one of: " + ", ".join(inner_commands(found.get(" word") or "")))
-    if words and not COMMANDS[path].words:
-        raise BadInput(f"unexpected word {words[0][:60]}",
-                       f"values follow their flag: {flag(fields[0].name)} {words[0][:60]}?")
-    for field in fields:
-        if field.name in found and field.many and not field.fields:
-            found[field.name] = sum(found[field.name], [])
-    return path, Call(found, words, fields)
+        if not word.startswith("-") or word == "-" or word in known:
+            continue
+        meant = closest(word, list(known))
+        if word == "-o" and set(argv) & set(FORMATS):
+            meant = "--format"
+        hint = f"{PROG} {path}".strip() + " --help lists them"
+        if meant:
+            example = f"{path} {meant} {known[meant].example}".strip()
+            hint = f"did you mean {meant}? Example: {example}"
+        raise BadInput(f"unknown option {printable(word, 60)}", hint)
 
+
+def take_words(command, found, words):
+    """Plain words in place of the flag that they stand for; both are refused."""
+    name = command.word_field
+    if name in found:
+        raise BadInput(f"{flag_name(name)} and the plain word {printable(words[0], 60)} exclude "
+                       "each other", "give the ID once")
+    field = next(field for field in command.fields if field.name == name)
+    if not field.many and len(words) > 1:
+        raise BadInput(f"unexpected word {printable(words[1], 60)}", "this command takes one ID")
+    found[name] = words[:] if field.many else words[0]
+    del words[:]
+
+
+def hint_for_word(path, word):
+    """What somebody meant who wrote a word without its flag."""
+    if path == "create":
+        if word.endswith(".json") or os.path.exists(local_path(word)):
+            return f"a file is given as --body @{word}"
+    elif "queue" in [field.name for field in COMMANDS[path].fields]:
+        return f"the queue is given as --queue {word}"
+    return f"values follow their flag: {PROG} {path} --help lists the flags"
+
+
+# ---- main ----------------------------------------------------------------------------------------
 
 def execute(argv):
     """Runs a command line and writes its result. Returns the exit status."""
     if argv[:1] == ["help"]:
         argv = argv[1:] + ["--help"]
-    if argv in (["--version"], ["--help"], ["-h"]):
-        sys.stdout.write(version_text() if argv == ["--version"] else MANUAL)
+    if argv == ["--version"]:
+        sys.stdout.write(version_text())
         return 0
     if not argv:
-        sys.stderr.write(SUMMARY)
+        sys.stderr.write(summary_text())
         return 2
-    name, call = parse(argv)
+    call = parse(argv)
     catch_signals()
-    out, how, result = call.get("out"), (call.format, call.get("columns"), call.quiet), None
-    stored = name == "create" and not call.get("dry_run")
     try:
-        result = COMMANDS[name].run(call)
-        if call.get("dry_run"):
-            result, how = Result({}, [dump_json(request) for request in call.planned]), ()
+        return run_and_write(call)
+    except (OSError, Error, KeyboardInterrupt) as error:
+        if call.queued_status is not None:      # a run that is stored stays stored
+            drop_stdout()
+            return call.queued_status
+        error.command = call.name
+        raise
+    finally:
+        call.close()
+
+
+def run_and_write(call):
+    out = call.get("out")
+    if out and os.path.realpath(local_path(out)) in queue_files(call):
+        raise BadInput(f"--out: {printable(out)} is the queue itself", "name another file")
+    result = COMMANDS[call.name].run(call)
+    how = (call.format, call.get("columns"), call.is_quiet, call.console.warn)
+    if call.is_dry_run and call.client_made:
+        requests = call.client_made.transport.requests
+        result, how = Result.text({}, [dump_json(request) for request in requests]), ()
+    try:
         if out and out not in ("-", "/dev/stdout"):
             write_file(out, result, *how)
         else:
             Screen(sys.stdout, *how).write(result)
-    except (OSError, Error, KeyboardInterrupt) as error:
-        if call.durable:        # a run that is stored stays stored: exit 0, whatever comes
-            drop_stdout()
-            return 0
-        if result and stored:
-            error.id = result.document["id"]
+    except (OSError, Error) as error:
+        if call.name == "create" and isinstance(result.document, dict):
+            error.id = result.document.get("id")
         raise
-    finally:
-        if call.made:
-            call.made.close()
     if result.error:
         raise result.error
-    return result.status
+    return result.exit_status()
 
 
 def catch_signals():
+    """Ctrl-C and SIGTERM raise from now on, where nobody else has a handler for them."""
     def stop(number, _):
         sys.unraisablehook = lambda _: None     # what was half made would tell of it, from 3.8 on
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
@@ -3493,23 +7804,26 @@ def catch_signals():
 
 def write_file(path, result, *how):
     """Writes beside the file and renames at the end: what fails leaves the old file."""
-    path = os.path.realpath(path)
-    special = os.path.exists(path) and not os.path.isfile(path)     # a device, a FIFO: as it is
-    with part_of(path) as part:
-        with open(path if special else part, "w", encoding="utf-8", newline="") as file:
-            if os.path.isfile(path):
-                os.chmod(part, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
-            Screen(file, *how).write(result)
-        if not special:
-            replace(part, path)
+    path = os.path.realpath(local_path(path))
+    if os.path.exists(path) and not os.path.isfile(path):   # a device, a FIFO: as it is
+        with open(path, "wb") as file:
+            write_text_or_bytes(file, result, *how)
+        return
+    with new_part(path) as (part, file):
+        if os.path.isfile(path):
+            os.chmod(part, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
+        write_text_or_bytes(file, result, *how)
+        file.close()
+        replace(part, path)
 
 
-def drop_stdout():
-    """What is still to be written to stdout goes nowhere: it is closed, or its disk is full."""
-    with contextlib.suppress(OSError, ValueError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+def write_text_or_bytes(file, result, *how):
+    """Writes a result to a binary file; its text goes as UTF-8."""
+    import io
+    stream = io.TextIOWrapper(file, "utf-8", newline="")
+    Screen(stream, *how).write(result)
+    stream.flush()
+    stream.detach()
 
 
 def prepare_streams():
@@ -3517,64 +7831,101 @@ def prepare_streams():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.open(os.devnull, os.O_WRONLY), "w", closefd=False))
+            null = os.open(os.devnull, os.O_WRONLY)
+            setattr(sys, name, open(null, "w", closefd=False))
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        elif hasattr(stream, "buffer"):
+        elif hasattr(stream, "buffer"):     # Python 3.6
             import io
             setattr(sys, name, io.TextIOWrapper(stream.buffer, stream.encoding,
                                                 "backslashreplace", line_buffering=True))
 
 
+def is_closed_pipe(error):
+    """Whether the reader of stdout is gone. Windows says EINVAL, as it does for a wrong name."""
+    import errno
+    if error.errno == errno.EINVAL:
+        return error.filename is None
+    return error.errno == errno.EPIPE
+
+
+def stopped_error(stopped):
+    """The Error of a Ctrl-C or SIGTERM: it tells whether a run is stored."""
+    name, exit_code = "Ctrl-C", 130
+    if isinstance(stopped, Terminated):
+        name, exit_code = "SIGTERM", 143
+    failure = Stopped(f"stopped by {name}")
+    failure.exit_code = exit_code
+    failure.id = getattr(stopped, "id", None)
+    if getattr(stopped, "command", None) == "create":
+        where = f"run {failure.id} is stored" if failure.id else "the run may be stored"
+        failure.message += f"; {where}: the same command again makes no second run"
+    return failure
+
+
+def unexpected_error(error):
+    """The Error of a bug; where it happened is told without a traceback."""
+    trace = error.__traceback__
+    while trace.tb_next:
+        trace = trace.tb_next
+    return Error(f"unexpected {type(error).__name__}: {error} (line {trace.tb_lineno})",
+                 f"this is a bug: report it with the output of {PROG} --version")
+
+
+def tell_failure(failure, argv):
+    """Writes an error to stderr, as JSON if a word of the command line asks for that."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    if failure.id and failure.id not in failure.text:
+        failure.with_note(f"run {failure.id} is stored")
+    if asks_for_json(argv):
+        text = dump_json(failure.as_json())
+    else:
+        text = error_text(failure)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def asks_for_json(argv):
+    """Whether a command line, which may be wrong, has --json or --format json as its own words."""
+    words = [word.lower() for word in argv]
+    if "--json" in words or "--format=json" in words:
+        return True
+    for number, word in enumerate(words):
+        if word == "--format" and words[number + 1:number + 2] == ["json"]:
+            return True
+    return False
+
+
 def main(argv=None):
     """The command line. Returns the exit status."""
-    import errno
     prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     if sys.version_info < (3, 7):       # without a locale it reads argv as ASCII
         argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in argv]
     try:
-        status = execute(argv)
+        try:
+            status = execute(argv)
+        except SystemExit as ended:     # argparse, after its help
+            status = ended.code or 0
         sys.stdout.flush()
         return status
-    except SystemExit as ended:         # argparse, after its help
-        return ended.code or 0
     except KeyboardInterrupt as stopped:
-        name, code = ("SIGTERM", 143) if isinstance(stopped, Terminated) else ("Ctrl-C", 130)
-        id = getattr(stopped, "id", None)
-        told = f"run {id} is stored" if id else "it may be stored"
-        failure = Stopped(f"stopped by {name}" + (
-            f"; {told}: the same command again makes no second run" if "create" in argv else ""))
-        failure.exit_code, failure.id = code, id
+        failure = stopped_error(stopped)
     except OSError as error:
         drop_stdout()
-        if error.errno in (errno.EPIPE, errno.EINVAL):
+        if is_closed_pipe(error):
             return 0        # whoever read the output has what they wanted
         failure = Error(f"cannot write: {error}", "make room, or check the path")
         failure.id = getattr(error, "id", None)
     except Error as error:
         failure = error
     except Exception as error:
-        trace = error.__traceback__
-        while trace.tb_next:
-            trace = trace.tb_next
-        failure = Error(f"unexpected {type(error).__name__}: {error} (line {trace.tb_lineno})",
-                        f"this is a bug: report it with the output of {PROG} --version")
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    if failure.id and failure.id not in failure.message:
-        failure.message += f"\nrun {failure.id} is stored"
-    with contextlib.suppress(OSError, ValueError):
-        as_json = re.search(r"(?i)--json\b|--format[= ]json\b", " ".join(argv))
-        sys.stderr.write((dump_json(failure.as_json()) if as_json else failure.as_text()) + "\n")
-        sys.stderr.flush()
+        failure = unexpected_error(error)
+    tell_failure(failure, argv)
     return failure.exit_code
 
 
-# ---- guard ---------------------------------------------------------------------------------------
-
 if __name__ == "__main__":
-    end = main()
-    if "threading" in sys.modules and sys.modules["threading"].active_count() > 1:
-        os._exit(end)       # a thread still waits for a server or for DNS
-    sys.exit(end)
+    os._exit(main())    # all is flushed; a thread may still wait for a server or for DNS
