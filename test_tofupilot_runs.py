@@ -7102,6 +7102,8 @@ class OddMachines(HostileCase):
 
     def is_too_old(self, python):
         code = "import sys; sys.exit(sys.version_info >= (3, 6))"
+        if not POSIX and not python.endswith(".exe"):
+            return False
         return subprocess.call([python, "-c", code], stdin=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) == 0
 
@@ -7352,7 +7354,7 @@ class Windows(HostileCase):
                          ["ls", "--out", 'folder\\"']):
                 ran = self.fails(1, *args)
                 self.assertIn("cannot write", ran.err)
-                self.assertIn("Invalid argument", ran.err)
+                self.assertRegex(ran.err, "Invalid (argument|name)")
 
     def test_a_closed_pipe_of_windows_is_forgiven(self):
         """Writing to it fails with EINVAL, without a file name."""
@@ -7392,8 +7394,9 @@ class Windows(HostileCase):
             with mock.patch.object(threading.Thread, "join", interrupted):
                 ran = self.fails(130, "ls")
             self.assertIn("stopped by Ctrl-C", ran.err)
-            threads[-1].join(20)
-            self.assertFalse(threads[-1].is_alive())    # its socket was shut down
+            if POSIX:       # its socket was shut down; Wine does not wake up who waits for it
+                threads[-1].join(20)
+                self.assertFalse(threads[-1].is_alive())
 
     def test_a_wait_lets_ctrl_c_in_every_fifth_of_a_second(self):
         """Control: Thread.join without a time, which Windows does not interrupt."""
@@ -10645,7 +10648,7 @@ class Stored(QueueCase):
         command = ["sh", "-c", script, "sh", sys.executable, "-I", "-S", SCRIPT]
         return self.ended(self.popen(*command, *words))
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    @unittest.skipUnless(POSIX and os.path.exists("/dev/full"), "needs /dev/full and a shell")
     def test_streams_that_are_full_or_closed_after_the_commit_are_exit_0(self):
         """stdout and stderr. A future run warns, so that stderr is written to."""
         scripts = ('"$@" > /dev/full', '"$@" >&-', '"$@" 2>&- >&-', '{ "$@"; echo $? >&2; } | :',
@@ -10661,7 +10664,7 @@ class Stored(QueueCase):
         self.send()
         self.has(sent=14)
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    @unittest.skipUnless(POSIX and os.path.exists("/dev/full"), "needs /dev/full and a shell")
     def test_a_log_that_cannot_be_written_stops_nothing_and_changes_no_status(self):
         """Control: without the suppress in log() the pass ends after one run."""
         for number, script in enumerate(('"$@" > /dev/full', '"$@" >&-', "")):

@@ -684,14 +684,6 @@ def local_path(text):
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
 
 
-def same_file(path, other):
-    """Whether two paths name one file; told without opening it, which would drop its locks."""
-    try:
-        return os.path.samestat(os.stat(path), os.stat(other))
-    except OSError:
-        return False
-
-
 # ---- fields --------------------------------------------------------------------------------------
 #
 # One Field for each field of a request. It makes the flag, its help, the keyword argument of the
@@ -1778,7 +1770,11 @@ def set_variable(name, value):
 
 
 def is_this_machine(host):
-    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host or ""))
+    if host in ("localhost", "::1"):
+        return True
+    octets = (host or "").split(".")
+    is_address = len(octets) == 4 and all(octet.isdigit() and int(octet) < 256 for octet in octets)
+    return is_address and octets[0] == "127"
 
 
 def check_url(raw, allow_http, what):
@@ -1953,6 +1949,8 @@ def no_key():
 
 # ---- transport -----------------------------------------------------------------------------------
 
+KEY_WORD = "(the key)"      # what is shown in its place
+
 # headers: a dict with names in lower case; data: the body, empty where a sink took it.
 Answer = collections.namedtuple("Answer", "status headers data")
 
@@ -2070,8 +2068,8 @@ class Transport:
         from urllib.parse import quote
         in_json = json.dumps(secret)[1:-1]
         in_url = quote(secret, safe="")
-        for form in (secret, in_json, in_url):
-            self.secrets[form] = word
+        forms = dict.fromkeys((secret, in_json, in_url), word)
+        self.secrets = dict(self.secrets, **forms)      # anew: another thread may walk the old one
 
     def mask(self, text):
         """The text without the secrets."""
@@ -2079,9 +2077,16 @@ class Transport:
             text = text.replace(secret, word)
         return text
 
-    def mask_body(self, data):
-        """The body of an answer without the secrets, in whatever spelling of JSON they stand."""
-        for secret, word in self.secrets.items():
+    def mask_body(self, data, status):
+        """The body of an answer without the secrets, in whatever spelling of JSON they stand.
+
+        Where the request succeeded only the key is masked: a short password of a proxy may stand
+        among the data by chance.
+        """
+        secrets = self.secrets
+        if status < 300:
+            secrets = {secret: word for secret, word in secrets.items() if word == KEY_WORD}
+        for secret, word in secrets.items():
             data = data.replace(secret.encode("utf-8"), word.encode("utf-8"))
         if b"\\" not in data and b"\0" not in data:    # no escapes, no UTF-16
             return data
@@ -2089,9 +2094,12 @@ class Transport:
             text = json.dumps(load_json(data), ensure_ascii=False)
         except ValueError:
             return data
-        if self.mask(text) == text:
+        shown = text
+        for secret, word in secrets.items():
+            shown = shown.replace(secret, word)
+        if shown == text:
             return data
-        return self.mask(text).encode("utf-8", "backslashreplace")
+        return shown.encode("utf-8", "backslashreplace")
 
     def proxy_for(self, parts):
         """The proxy for a URL, or None. Its password is known as a secret from now on."""
@@ -2263,7 +2271,7 @@ class Transport:
         server_time = http_date(headers.get("date"))
         self.server_clock = (server_time, time.time()) if server_time else None
         self.was_overloaded = self.was_overloaded or status in (429, 503)
-        return Answer(status, headers, self.mask_body(b"".join(pieces)))
+        return Answer(status, headers, self.mask_body(b"".join(pieces), status))
 
     def exchange(self, method, url, headers, content=None, budget=None, sink=None,
                  before_send=None):
@@ -2284,21 +2292,21 @@ class Transport:
         seconds = min(exchange.budget, threading.TIMEOUT_MAX)
         timer = threading.Timer(seconds, exchange.time_is_over)
         timer.daemon = True
-        started, outcome = time.monotonic(), None
         try:
             timer.start()
+        except RuntimeError as error:   # no thread can be started
+            failure = Unavailable(f"this machine cannot do more at the same time: {error}",
+                                  RETRY_HINT)
+            failure.maybe_sent = failure.retryable = False
+            raise failure from None
+        started, outcome = time.monotonic(), None
+        try:
             answer = interruptible(exchange, opener.open, request, None, self.timeout)
             outcome = answer.status
             return answer
         except Error as error:
             outcome = type(error).__name__
             raise
-        except RuntimeError as error:   # no thread can be started: nothing was sent
-            outcome = "no thread"
-            failure = Unavailable(f"this machine cannot do more at the same time: {error}",
-                                  RETRY_HINT)
-            failure.maybe_sent = failure.retryable = False
-            raise failure from None
         except Exception as error:      # http.client, ssl and socket have no common ancestor
             outcome = type(error).__name__
             raise self.connection_error(exchange, error) from None
@@ -2399,7 +2407,10 @@ def interruptible(exchange, work, *args):
     """
     if not ON_WINDOWS:
         return work(*args)
-    wait = start_thread(work, *args)
+    try:
+        wait = start_thread(work, *args)
+    except RuntimeError:        # no thread can be had: then Ctrl-C has to wait
+        return work(*args)
     try:
         return wait()
     except KeyboardInterrupt:
@@ -2993,7 +3004,7 @@ class Client:
             login = find_login(warn=self.notify, **self.named)
             self.transport.ca_cert = self.transport.ca_cert or login.ca_cert
             if login.key:
-                self.transport.hide(login.key, "(the key)")
+                self.transport.hide(login.key, KEY_WORD)
             self.found_login = login
         return self.found_login
 
@@ -3159,7 +3170,7 @@ class Client:
         retries = self.retries if retries is None else retries
         waits = [] if self.waits is None else self.waits
         started = time.monotonic()
-        tries, maybe_sent, free_retry = 0, False, False
+        tries, maybe_sent, had_free_retry = 0, False, False
         while True:
             try:
                 return attempt()
@@ -3168,7 +3179,8 @@ class Client:
                 raise
             except Unavailable as error:
                 # A kept connection that had died costs no try, the first time.
-                free_retry = error.reused and repeatable and not free_retry
+                free_retry = error.reused and repeatable and not had_free_retry
+                had_free_retry = had_free_retry or free_retry
                 maybe_sent = maybe_sent or error.maybe_sent
                 wait = 0
                 if not free_retry:
@@ -3256,9 +3268,10 @@ class Client:
             earliest = theirs - passed - 600
             if passed < 0:      # our clock was set back
                 earliest = 0
+            others = known_run_ids() if rows else ()
             for row in rows:
                 stored_at = epoch(row.get("created_at")) or theirs
-                if row.get("id") in known_run_ids() or stored_at < earliest:
+                if row.get("id") in others or stored_at < earliest:
                     continue
                 if is_same_run(row, body):
                     return {"id": row["id"]}
@@ -3442,9 +3455,12 @@ def lower_text(value):
 #     waiting -> sent      send: the run and all its files are on the server; a receipt for 30 days
 #     waiting -> parked    send: the server refused it for good, or it is damaged
 #     parked  -> waiting   retry, fix
+#     waiting -> parked    fix: the checks refuse the new content
 #     waiting -> moving    move, first commit: another file may have it, it is not sendable here
 #     moving  -> moved     move, last commit: the other file has it; a receipt for 30 days
 #     sent    -> waiting   store: the same create again, with more files
+#     moving  -> waiting   move: it failed, and this entry surely did not arrive there
+#     moving  -> parked    move: the entry is damaged
 #     moved   -> waiting   move: it came back from another file
 #     (new)   -> fixed     fix: the old ref of an entry that got a new one; target names that
 #
@@ -3476,7 +3492,7 @@ CREATE TABLE entry (id INTEGER PRIMARY KEY AUTOINCREMENT, ref TEXT, state TEXT, 
     units TEXT, outcome TEXT, serial_number TEXT, procedure_id TEXT, stored_at REAL,
     tries INTEGER DEFAULT 0, tried_at REAL, failed_at REAL, next_try_at REAL DEFAULT 0,
     error TEXT, exit_code INTEGER, content TEXT, origin TEXT, run_id TEXT, target TEXT,
-    hop TEXT, came TEXT, ended_at REAL);
+    hop TEXT, came TEXT, ended_at REAL);        -- and ADDED_COLUMNS
 CREATE INDEX entry_by_ref ON entry (ref);
 CREATE INDEX entry_by_state ON entry (state, id);
 CREATE TABLE file (id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER, name TEXT, size INTEGER,
@@ -3493,8 +3509,11 @@ open_queues = collections.Counter()
 open_queues_lock = _thread.allocate_lock()
 
 
-class Removed(Exception):
+class Removed(Error):
     """The entry is not there any more, or not as it was: another command was quicker."""
+
+    def __init__(self):
+        super().__init__("the entry was removed or corrected meanwhile")
 
 
 class Queue:
@@ -3667,6 +3686,14 @@ class Queue:
         names = ", ".join(f"{name} = ?" for name in values)
         self.sql(f"UPDATE entry SET {names} WHERE id = ?", *values.values(), number)
 
+    def settle(self, entry, **values):
+        """Sets columns of an entry that waits, unless it was corrected since it was read."""
+        names = ", ".join(f"{name} = ?" for name in values)
+        content = str(entry["content"])
+        is_damaged = "\ufffd" in content       # then there is nothing to compare
+        self.sql(f"UPDATE entry SET {names} WHERE id = ? AND state = 'waiting' "
+                 "AND (content = ? OR ?)", *values.values(), entry["id"], content, is_damaged)
+
     @contextlib.contextmanager
     def transaction(self):
         self.sql("BEGIN IMMEDIATE")
@@ -3754,6 +3781,9 @@ class Queue:
 
         Damaged where they are not; Removed where the entry is gone.
         """
+        now = self.by_number(entry["id"])
+        if now is None or now["content"] != entry["content"] or now["state"] != entry["state"]:
+            raise Removed
         text = self.body(entry["id"])
         if text is None:
             raise Removed
@@ -3770,7 +3800,7 @@ class Queue:
         return body
 
     def meta(self):
-        """How many entries are in each state, the path, and the size of the file in bytes."""
+        """How many entries are waiting, parked, sent and moving, the path, and the bytes of it."""
         rows = self.sql("SELECT state, count(*) AS count FROM entry GROUP BY state")
         counts = {row["state"]: row["count"] for row in rows}
         found = {state: counts.get(state, 0) for state in ("waiting", "parked", "sent", "moving")}
@@ -4507,7 +4537,7 @@ class Lane:
             made = client.send_create(body, entry["tried_at"], known_run_ids, claim)
             entry["run_id"] = made["id"]
             if entry["files"]:
-                queue.change(number, run_id=entry["run_id"])
+                queue.change(number, run_id=made["id"])
         while True:
             files = queue.files(number)
             if files:
@@ -4570,8 +4600,12 @@ class SendPass:
                     with self.changed:
                         self.fail(self.queue, entry, error)
             self.wait_until(lambda: not self.in_flight)
-        finally:
+        except Exception:
             self.is_stopped = True      # a lane that is under way finishes its entry
+            self.wait_until(lambda: not self.in_flight)
+            raise
+        finally:
+            self.is_stopped = True
             with self.changed:
                 for lane in self.idle_lanes:
                     lane.close()
@@ -4601,7 +4635,7 @@ class SendPass:
             self.blocked |= units
             return
         if not self.is_forced(entry) and not is_due(entry, time.time()):
-            self.blocked |= units
+            self.block(entry, entry["exit_code"])
             return
         self.wait_until(lambda: self.has_room_for(units))
         if self.is_stopped:
@@ -4671,6 +4705,7 @@ class SendPass:
         has_answered = error is None or getattr(error, "status", None)
         if lane and lane.client.transport.was_overloaded:
             self.width = 1
+            self.is_calm = True
         elif has_answered and not self.is_calm:
             self.width = MOST_LANES
 
@@ -4690,13 +4725,16 @@ class SendPass:
         if exit_code not in (3, 6):
             exit_code = 5
         tried_at = origin = None
-        if entry["run_id"] or entry["tried_at"] or error.maybe_sent:
+        is_refused = isinstance(error, (Refused, NotFound)) and error.status != 409
+        surely_not_there = is_refused and not error.maybe_sent and not entry["run_id"]
+        was_tried = entry["run_id"] or entry["tried_at"] or error.maybe_sent
+        if was_tried and not surely_not_there:
             tried_at = entry["tried_at"] or now
             origin = self.client.login.url
-        queue.change(
-            entry["id"], state=verdict.state, tries=tries + 1, failed_at=now, status=error.status,
+        queue.settle(
+            entry, state=verdict.state, tries=tries + 1, failed_at=now, status=error.status,
             next_try_at=now + verdict.wait, exit_code=exit_code, error=reason[:4000],
-            tried_at=tried_at, origin=origin)
+            tried_at=tried_at, origin=origin, run_id=entry["run_id"])
         if verdict.is_suspect:
             self.suspects.append(entry["id"])
             if self.sent:
@@ -6165,8 +6203,9 @@ class Arguments:
         if path == "-":
             data = self.read(path, "api_key_file")
         else:
-            shown = "the file"
-            if os.path.isdir(os.path.dirname(path)):
+            shown = "the file"      # what is typed there may be the key itself
+            folder = os.path.dirname(path)
+            if folder.strip("/\\") and os.path.isdir(folder):
                 shown = path
             try:
                 with open(path, "rb") as file:
@@ -6238,10 +6277,12 @@ def queue_files(call):
     """
     paths = []
     with contextlib.suppress(BadInput):     # no home folder: no default queue
-        paths.append(queue_path(call))
-    if call.name == "queue move":
-        for word in call.arguments.words:
-            paths += [word, os.path.join(word, os.path.basename(paths[0]))]
+        path = queue_path(call)
+        paths.append(path)
+        if call.name == "queue move":
+            for word in call.arguments.words:
+                target = local_path(word)
+                paths += [target, os.path.join(target, os.path.basename(path))]
     found = set()
     for path in paths:
         real_path = os.path.realpath(path)
@@ -7117,7 +7158,7 @@ def run_queue_fix(call):
     state = stored.entry["state"]
     lines = [f"Fixed {ref[:12]}, {state}"]
     if findings.problems:
-        lines = [f"{ref[:12]} is still parked"]
+        lines = [f"{ref[:12]} is parked"]
         tell_parked(call, stored.entry, findings.problems)
     status = 5 if findings.problems or left_out else 0
     document = {"client_run_ref": ref, "state": state, "problems": findings.problems}
@@ -7148,7 +7189,11 @@ def corrected_request(call, queue, entry):
 def run_queue_rm(call):
     refuse_dry_run(call)
     with open_queue(call) as queue:
-        entries = [queue.find(word) for word in given_refs(call)]
+        found = {}
+        for word in given_refs(call):
+            entry = queue.find(word)
+            found[entry["id"]] = entry
+        entries = list(found.values())
         ask(call, f"Remove {counted(len(entries), 'run')} from the queue?")
         with queue.sender_lock() as is_alone, queue.transaction():
             for entry in entries:
@@ -7179,35 +7224,43 @@ def run_queue_send(call):
         time.sleep(delay(0, jitter))
     with open_queue(call) as queue:
         if call.is_dry_run:
-            return show_sends(call, queue)
+            return show_sends(call, queue, queue.entries("state = 'waiting'"))
         return send_queue(call, queue)
 
 
 def run_queue_retry(call):
     words = call.arguments.words
     with open_queue(call) as queue:
-        if call.is_dry_run:
-            return show_sends(call, queue)
         if words:
             entries = [queue.find(word) for word in words]
             forced = {entry["ref"] for entry in entries}
+            for entry in entries:
+                require_open(entry)
         else:
             entries = queue.entries("state IN ('waiting', 'parked')")
             forced = None
+        if call.is_dry_run:
+            return show_sends(call, queue, entries)
         for entry in entries:
             make_ready(call, queue, entry, is_named=bool(words))
         return send_queue(call, queue, lambda entry: forced is None or entry["ref"] in forced)
 
 
+def require_open(entry):
+    """BadInput for a REF whose entry is not there to be sent any more."""
+    if entry["state"] not in ("waiting", "parked"):
+        raise BadInput(f"{entry['ref'][:12]} is {entry['state']}: there is nothing to send")
+
+
 def make_ready(call, queue, entry, is_named):
     """Makes a parked entry wait again, and takes one that never went out to --url."""
-    if entry["state"] not in ("waiting", "parked"):
-        return
     if entry["state"] == "parked" and (is_named or passes_checks(queue, entry)):
-        queue.change(entry["id"], state="waiting", next_try_at=0, suspect=0)
+        queue.sql("UPDATE entry SET state = 'waiting', next_try_at = 0, suspect = 0 "
+                  "WHERE id = ? AND state = 'parked'", entry["id"])
     url = call.get("url")
-    if url and not entry["tried_at"] and not entry["run_id"]:
-        queue.change(entry["id"], server=server_name(url))
+    if url:
+        queue.sql("UPDATE entry SET server = ? WHERE id = ? AND state IN ('waiting', 'parked') "
+                  "AND tried_at IS NULL AND run_id IS NULL", server_name(url), entry["id"])
 
 
 def passes_checks(queue, entry):
@@ -7220,11 +7273,17 @@ def passes_checks(queue, entry):
     return not findings.problems
 
 
-def show_sends(call, queue):
-    """--dry-run of a pass: the creates that would go out."""
+def show_sends(call, queue, entries):
+    """--dry-run of a pass: the creates of the entries, whether they are due or not."""
     client = call.client(0)
-    for entry in queue.entries("state = 'waiting'"):
-        body = json.loads(queue.body(entry["id"]))
+    for entry in entries:
+        try:
+            body = queue.intact_body(entry)
+        except Removed:
+            continue
+        except Damaged as error:
+            call.console.warn(f"{entry['ref'][:12]}: {error.text}")
+            continue
         client.send_create(body)
     return None
 
@@ -7246,7 +7305,7 @@ def send_queue(call, queue, is_forced=lambda entry: False):
     document = {"sent": len(work.sent), "waiting": meta["waiting"], "parked": meta["parked"]}
     rows = sent_rows(queue.path, work.sent)
     result = Result.table(document, rows, SENT_COLUMNS, rows_key="runs", is_logged=True)
-    for code in (6, 5, 3):
+    for code in (6, 5, 3):      # the last that holds counts most
         if code in codes:
             result.status = code
     if result.status and not console.is_logging:    # else the log has told it
