@@ -4986,7 +4986,7 @@ class StationCheck(Case):
     def test_a_wrong_key_or_none_or_no_server_exits_as_any_command_would(self):
         for env, status, name in (({"TOFUPILOT_API_KEY": ""}, 3, "key"),
                                   ({"TOFUPILOT_API_KEY": "wrong-key-3f9c"}, 3, "identity"),
-                                  ({"TOFUPILOT_API_KEY": "a b c d e f g"}, 3, "url"),
+                                  ({"TOFUPILOT_API_KEY": "a b c d e f g"}, 3, "key"),
                                   ({"TOFUPILOT_URL": CLOSED}, 6, "identity"),
                                   ({"TOFUPILOT_URL": "ftp://x"}, 2, "url")):
             found = self.faults(status, *ONCE, env=env)
@@ -9294,6 +9294,180 @@ class QueueAnswers(QueueCase):
         self.intact("A0", "A1", "A2")
 
 
+class CommandsBesideAPass(QueueCase):
+    """Another command changes an entry while a pass is at work: as if one came after the other."""
+
+    def during(self, name, action):
+        """Calls action() once, right before the first call of a method of Queue by that name."""
+        real = getattr(runs.Queue, name)
+        calls = []
+
+        def first_then(queue, *args, **more):
+            calls.append(name)
+            if len(calls) == 1:
+                action()
+            return real(queue, *args, **more)
+        return patch_queue(name, first_then)
+
+    def remove(self, serial):
+        """As queue rm does, by another connection."""
+        self.sql("DELETE FROM entry WHERE serial_number = ?", serial)
+
+    def test_an_entry_that_is_removed_before_its_first_byte_ends_no_pass(self):
+        """Control: Removed as a plain Exception, which looks like a server out of reach."""
+        self.offline("A", "B")
+        with self.during("claim", lambda: self.remove("A")):
+            self.send()
+        self.intact("B")
+
+    def test_an_entry_that_is_corrected_during_a_pass_is_not_told_as_damaged(self):
+        """Control: intact_body that compares the new body with the content of the old row."""
+        self.offline("A", "B")
+        ref = self.entry("A")["ref"]
+
+        def correct():
+            self.run_script("queue", "fix", ref, "--serial-number", "C", status=0)
+        with self.during("intact_body", correct):
+            self.send()
+        self.assertEqual(self.states(), {"waiting": 1, "sent": 1, "fixed": 1})
+        self.delivered("B", "C")
+
+    def test_what_a_pass_writes_does_not_undo_a_correction(self):
+        """Control: settle() without the comparison of the content."""
+        self.offline("A")
+        ref = self.entry("A")["ref"]
+        out_of_reach = runs.Unavailable("cannot reach it")
+        out_of_reach.maybe_sent = False
+
+        def correct():
+            self.run_script("queue", "fix", ref, "--ended-at", "2020-01-01T00:00:00Z", status=5)
+        with mock.patch.object(runs.Client, "send_create", side_effect=out_of_reach):
+            with self.during("settle", correct):
+                self.send(5)
+        self.has(parked=1, fixed=1)
+
+    def test_a_retry_does_not_make_a_receipt_wait_again(self):
+        """Control: make_ready() that changes the row whatever its state is by then."""
+        self.keep("A", "--part-number", "no part", status=5)
+        self.has(parked=1)
+
+        def sent_meanwhile():
+            self.sql("UPDATE entry SET state = 'sent', body = NULL, run_id = 'x'")
+        real = runs.make_ready
+
+        def ready(call, queue, entry, is_named):
+            sent_meanwhile()
+            return real(call, queue, entry, is_named)
+        with patch("make_ready", ready):
+            self.retry(0, self.entry("A")["ref"])
+        self.has(sent=1)
+
+    def test_a_refusal_after_an_overload_can_be_corrected(self):
+        """Control: keep tried_at where the server refuses, as if the run might be there."""
+        self.offline("A")
+        self.box.fault("status", "POST /v2/runs", status=503)
+        self.send(6)
+        self.box.fault("status", "POST /v2/runs", status=400)
+        self.retry(5)
+        self.ok("queue", "fix", self.entry("A")["ref"], "--serial-number", "B")
+        self.delivered("B")
+
+    def test_an_assembly_that_waits_for_a_sub_unit_lets_its_run_pass(self):
+        """Control: block all units of an entry that is not due."""
+        self.keep("ASSEMBLY", "--sub-units", "PART")
+        self.send(5)
+        self.keep("PART")
+        self.send()
+        self.assertEqual(self.posts()[-1], "PART")
+        self.delivered("PART", "ASSEMBLY")
+
+    def test_a_fix_that_is_taken_back_keeps_the_run(self):
+        """Control: refuse a ref that only a receipt of an earlier fix has."""
+        self.keep("A", "--part-number", "P0")
+        ref = self.entry("A")["ref"]
+        self.ok("queue", "fix", ref, "--part-number", "P1")
+        waiting, = [row for row in self.sql("SELECT ref FROM entry WHERE state = 'waiting'")]
+        self.ok("queue", "fix", waiting["ref"], "--part-number", "P0")
+        self.has(waiting=1, fixed=1)
+        self.delivered("A")
+
+    def test_the_create_of_a_corrected_run_that_was_removed_is_stored_again(self):
+        """Control: answer from the receipt of a fix whose entry is gone."""
+        self.keep("A", "--part-number", "P0")
+        self.ok("queue", "fix", self.entry("A")["ref"], "--part-number", "P1")
+        corrected, = self.sql("SELECT ref FROM entry WHERE state = 'waiting'")
+        self.ok("queue", "rm", corrected["ref"])
+        self.keep("A", "--part-number", "P0")
+        self.has(waiting=1)
+
+    def test_a_file_of_the_bad_create_goes_to_the_corrected_run(self):
+        """Control: return for a corrected ref before files are looked at."""
+        self.keep("A", "--part-number", "P0")
+        self.ok("queue", "fix", self.entry("A")["ref"], "--part-number", "P1")
+        self.ok(*create("A", "--part-number", "P0", "--offline", *self.attach))
+        self.delivered(A=self.files)
+
+    def test_a_storage_out_of_reach_stops_no_run_without_files(self):
+        """Control: take a connection that the storage refuses for one of the API."""
+        self.with_files("A")
+        self.offline("B", "C")
+        origin = self.box.store.origin
+        self.box.store.origin = CLOSED
+        self.send(6)
+        self.assertEqual(sorted(self.posts()), ["A", "B", "C"])
+        self.box.store.origin = origin
+        self.delivered("B", "C", A=self.files)
+
+    def test_a_damaged_file_is_not_laundered_by_a_move(self):
+        """Control: store a new digest of what a move copies."""
+        self.with_files("A")
+        self.sql("UPDATE chunk SET data = x'00' || substr(data, 2) WHERE part = 0")
+        self.ok("queue", "move", "stick.queue")
+        self.has(parked=1)
+
+    def test_a_damaged_request_is_not_laundered_by_a_fix(self):
+        """Control: correct whatever stands there and give it a new hash."""
+        self.offline("A")
+        self.sql("UPDATE entry SET body = replace(body, 'proc_abc', 'proc_abd')")
+        ref = self.entry("A")["ref"]
+        ran = self.fails(1, "queue", "fix", ref, "--part-number", "P1")
+        self.assertIn("--body", ran.err)
+
+    def test_a_run_that_may_have_moved_is_not_removed(self):
+        """Control: queue rm that takes entries in the state moving."""
+        self.offline("A")
+        self.sql("UPDATE entry SET state = 'moving', target = 'x /stick', hop = 'h'")
+        self.fails(2, "queue", "rm", self.entry("A")["ref"], "--yes")
+        self.has(moving=1)
+
+    def test_a_key_that_would_be_cut_is_masked_before(self):
+        """Control: mask a reason after it was cut."""
+        line = b"X" * 156 + self.box.user_key.encode() + b"\r\n\r\n"
+        self.box.fault("raw", data=line, times=None)
+        ran = self.fails(6, "ls", *ONCE)
+        self.assertNotIn(self.box.user_key[:30], ran.err)
+
+    def test_a_pass_whose_queue_fails_waits_for_the_entries_under_way(self):
+        """Control: leave the loop without the wait; another sender could send the same entry."""
+        self.offline("A", "B")
+        ends = []
+        real = runs.SendPass.finish
+
+        def finish(work, *args):
+            ends.append(work)
+            return real(work, *args)
+
+        def broken(queue, where, *values):
+            yield from list(real_entries(queue, where, *values))[:1]
+            raise queue.unusable("the stick is gone")
+        real_entries = runs.Queue.entries
+        with mock.patch.object(runs.SendPass, "finish", finish):
+            with patch_queue("entries", broken):
+                self.send(6)
+        self.assertEqual(len(ends), 1)
+        self.intact("A")
+
+
 class QueueLocks(QueueCase):
     """The locks hold whatever the name, the user, and the number of threads."""
 
@@ -9413,7 +9587,7 @@ class QueueLocks(QueueCase):
 
         def spy(real):
             def opened(path, *more, **options):
-                if runs.open_queues[key] and isinstance(path, str) and os.path.exists(path) \
+                if runs.open_queues.counts[key] and isinstance(path, str) and os.path.exists(path) \
                         and os.path.samefile(path, self.path):
                     seen.append(path)
                 return real(path, *more, **options)
@@ -9433,7 +9607,7 @@ class QueueLocks(QueueCase):
             self.ok("queue", "move", "stick")
             self.ok("check")
         self.assertEqual(seen, [])
-        self.assertEqual(runs.open_queues[key], 0)
+        self.assertEqual(runs.open_queues.counts[key], 0)
         self.has(sent=11)
 
     @unittest.skipUnless(sys.platform == "linux" or POSIX and os.geteuid(), "needs modes")

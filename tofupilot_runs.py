@@ -179,8 +179,9 @@ class NotTheAPI(Unavailable):
 
 
 class StorageRefused(Unavailable):
-    """The storage of the files did not take or give one."""
+    """The storage of the files did not take or give one; `is_network`: it was out of reach."""
     maybe_sent = False
+    is_network = False
 
 
 class QueueUnusable(Unavailable):
@@ -359,14 +360,19 @@ def storable(value, depth=0):
         return [storable(item, depth + 1) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return json.dumps(value)
+    if isinstance(value, int) and value.bit_length() > 10000:
+        return hex(value)       # so many decimal digits Python does not write
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return storable_text(value)
 
 
 def storable_text(value):
-    """A text that UTF-8 can write."""
-    text = value if isinstance(value, str) else str(value)
+    """A text that UTF-8 can write, whatever the value is."""
+    try:
+        text = value if isinstance(value, str) else str(value)
+    except Exception:       # an object of the caller's
+        text = f"<{type(value).__name__}>"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -638,6 +644,8 @@ def parse_word(text):
         return text
     if isinstance(value, str):
         return value
+    if is_number(value) and len(text) > 15:     # a number would lose digits
+        return text
     written_so = text[0] not in "[{" and json.dumps(value) == text
     return value if written_so else text
 
@@ -1167,8 +1175,8 @@ QUEUE = group("queue", Field(
     "queue", "path", "the queue file; else TOFUPILOT_QUEUE, else runs.queue in ~/.tofupilot",
     "line3.queue"))
 SET = group("metadata", Field(
-    "set", "text", "a key without JSON quoting; a number only as JSON writes it (1.5, not 1.50), "
-    "else text", "shift=A temp=23.4", many=True))
+    "set", "text", "a key without JSON quoting; a number only as JSON writes it (1.5, not 1.50) "
+    "and of 15 characters at most, else text", "shift=A temp=23.4", many=True))
 UNSET = group("metadata", Field("unset", "text", "delete these keys", "lot", many=True))
 YES = group("output", Field("yes", "flag", "do not ask"))
 REQUEST = CREATE.fields + SET + group(
@@ -1441,7 +1449,10 @@ def check_list(field, items, path, findings, begin=None):
 def all_finite(items):
     """Whether all are numbers of JSON. For long series: without a function call for each."""
     types = set(map(type, items))
-    return types <= {int, float} and all(map(math.isfinite, items))
+    try:
+        return types <= {int, float} and all(map(math.isfinite, items))
+    except OverflowError:       # an integer that is larger than any float
+        return False
 
 
 def check_one(field, value, path, findings, begin=None):
@@ -2340,7 +2351,7 @@ class Transport:
         later = "nothing was sent; run the same command again later"
         if exchange.late:
             return f"no complete answer within {exchange.budget:.0f} s", later, True
-        text = str(error)
+        text = self.mask(str(error))        # before it is cut anywhere
         name = type(error).__name__
         if "CERTIFICATE_VERIFY" in text or name == "CertificateError":
             reason = ("its certificate cannot be verified\n"
@@ -2360,7 +2371,8 @@ class Transport:
             return f"no answer within {exchange.timeout:g} s", later, True
         if name in ("EOFError", "IncompleteRead"):
             return "the answer was cut short", later, True
-        return (getattr(error, "strerror", None) or text or name)[:200], later, True
+        reason = getattr(error, "strerror", None) or text or name
+        return self.mask(reason)[:200], later, True
 
 
 class DryRun:
@@ -2440,7 +2452,7 @@ def without_login(proxy):
 def http_date(text):
     """Seconds since 1970 of a date in a header, or None."""
     from email.utils import mktime_tz, parsedate_tz
-    with contextlib.suppress(TypeError, ValueError, OverflowError, IndexError):
+    with contextlib.suppress(Exception):    # 3.6 has faults of its own for odd dates
         return mktime_tz(parsedate_tz(text))
 
 
@@ -2564,10 +2576,21 @@ class LocalFile:
         self.upload_id = None
         self.done = False       # whether its bytes are on the server
         with self.open() as file:
-            self.size = os.fstat(file.fileno()).st_size
-            if self.size == 0 and file.read(1):
-                raise BadInput(f"{path} is a file of the system without a size",
-                               "copy its content to a file, and attach that")
+            try:
+                self.size = os.fstat(file.fileno()).st_size
+                has_this_size = self.is_whole(file)
+            except OSError:
+                has_this_size = False
+        if not has_this_size:
+            raise BadInput(f"{path} is a file of the system: its size is not what it holds",
+                           "copy its content to a file, and attach that")
+
+    def is_whole(self, file):
+        """Whether a file has as many bytes as the system says; those in /proc and /sys have not."""
+        if not self.size:
+            return not file.read(1)
+        file.seek(self.size - 1)
+        return bool(file.read(1))
 
     def open(self):
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -2731,7 +2754,9 @@ def attach(client, run_id, files, progress=None):
     failure = bring_up_all(client, rows, files, progress)
     try:
         new = link_new(client, run_id, rows, files)
-    except NotFound:
+    except (NotFound, Refused) as error:
+        if isinstance(error, Refused) and not is_about_attachments(error):
+            raise
         rows = attachments_of(client, run_id)   # raises where the run itself is not there
         forget_uploads(rows, files)
         failure = bring_up_all(client, rows, files, progress)
@@ -2739,6 +2764,11 @@ def attach(client, run_id, files, progress=None):
     if failure:
         raise failure
     return new
+
+
+def is_about_attachments(error):
+    """Whether the server says that it does not know an upload."""
+    return bool(error.issues) and error.issues[0].startswith("attachments")
 
 
 def bring_up_all(client, rows, files, progress):
@@ -2903,7 +2933,13 @@ def at_storage(client, method, url, name, size, headers, content=None, begin=Non
         if method == "PUT" and time.monotonic() > until:
             raise storage_error("its upload URL has expired", 403)
         sink, received = begin() if begin else (None, None)
-        answer = client.transport.exchange(method, url, headers, content, 60 + size / 16384, sink)
+        budget = 60 + size / 16384
+        try:
+            answer = client.transport.exchange(method, url, headers, content, budget, sink)
+        except StorageRefused:
+            raise
+        except Unavailable as error:
+            raise out_of_reach(error) from None
         if answer.status != 200:
             raise storage_refusal(answer, host, name, size)
         if finish:
@@ -2921,6 +2957,16 @@ def storage_refusal(answer, host, name, size):
     error = storage_error(f"{host} answered {answer.status}{where}", answer.status)
     error.retry_after = retry_after(answer)
     return error
+
+
+def out_of_reach(error):
+    """The StorageRefused for a storage that gave no answer: the API may well be in reach."""
+    failure = storage_error(error.message)
+    failure.notes = error.notes
+    failure.retryable = error.retryable
+    failure.reused = error.reused
+    failure.is_network = True
+    return failure
 
 
 def storage_error(reason, status=None):
@@ -3102,6 +3148,8 @@ class Client:
             except Error as error:
                 if gone:
                     error.with_note(deleted_text(gone, ids))
+                if error.status == 403:
+                    error.hint = "a station key deletes nothing: use a user key"
                 raise
         if missing and not gone:
             raise missing
@@ -3318,6 +3366,7 @@ def no_such_id(operation, wire, error):
                      error.issues, error.reason)
     if len(id) != 36:
         found.with_note(f"this ID has {len(id)} characters, IDs have 36")
+        found.hint += "\nis it a serial number? get --serial-number shows its newest run"
     found.after_unanswered_try = getattr(error, "after_unanswered_try", False)
     return found
 
@@ -3503,10 +3552,28 @@ ADDED_COLUMNS = {"server": "TEXT", "suspect": "INTEGER DEFAULT 0", "status": "IN
 RECEIVED = "CREATE TABLE received (token TEXT PRIMARY KEY, at REAL)"    # since 1.1.0
 ENDED = ("sent", "moved", "fixed")      # states of receipts
 
-# (device, inode) of the queue files that this process has open, with the number of times. A second
-# descriptor of such a file would, when it is closed, drop the locks of the whole process.
-open_queues = collections.Counter()
-open_queues_lock = _thread.allocate_lock()
+class OpenQueues:
+    """The queue files that this process has open: how often, by (device, inode).
+
+    A second descriptor of such a file would, when it is closed, drop the locks of the whole
+    process.
+    """
+
+    def __init__(self):
+        self.pid = os.getpid()
+        self.lock = _thread.allocate_lock()
+        self.counts = collections.Counter()
+
+
+open_queues = OpenQueues()
+
+
+def queues_of_this_process():
+    """The OpenQueues; after a fork new ones, as another thread may have held the lock."""
+    global open_queues
+    if open_queues.pid != os.getpid():
+        open_queues = OpenQueues()
+    return open_queues
 
 
 class Removed(Error):
@@ -3532,10 +3599,11 @@ class Queue:
                            "check the path and the user: the default one is each user's own")
         self.sqlite3 = import_sqlite(self.path)
         try:
-            with open_queues_lock:
-                key, is_new = self.look_at_file(read_only)
+            opened = queues_of_this_process()
+            with opened.lock:
+                key, is_new = self.look_at_file(read_only, opened.counts)
                 self.key = key
-                open_queues[key] += 1
+                opened.counts[key] += 1
             self.open(is_new, read_only)
         except OSError as error:
             self.close()
@@ -3544,7 +3612,7 @@ class Queue:
             self.close()
             raise
 
-    def look_at_file(self, read_only):
+    def look_at_file(self, read_only, counts):
         """((device, inode), whether the file is new). Makes it; raises where it is no queue."""
         if not read_only:
             with contextlib.suppress(BadInput, FileExistsError):    # no home; it is there already
@@ -3563,7 +3631,7 @@ class Queue:
         if not read_only and not os.access(self.real_path, os.W_OK):
             raise self.unusable("this user cannot write it")
         key = (state.st_dev, state.st_ino)
-        return key, not open_queues[key] and self.has_no_tables()
+        return key, not counts[key] and self.has_no_tables()
 
     def has_no_tables(self):
         """Whether nothing was ever stored in the file; raises where it is no queue file.
@@ -3647,8 +3715,10 @@ class Queue:
             self.connection.close()
             self.connection = None
         if self.key:
-            with open_queues_lock:
-                open_queues[self.key] -= 1
+            opened = queues_of_this_process()
+            with opened.lock:
+                if opened.counts[self.key]:     # else it was opened before a fork
+                    opened.counts[self.key] -= 1
             self.key = None
 
     def __enter__(self):
@@ -3781,6 +3851,14 @@ class Queue:
 
         Damaged where they are not; Removed where the entry is gone.
         """
+        try:
+            return self.read_intact(entry)
+        except QueueUnusable as error:
+            if "malformed" not in error.message:
+                raise
+            raise Damaged("its pages in the queue file are damaged") from None
+
+    def read_intact(self, entry):
         now = self.by_number(entry["id"])
         if now is None or now["content"] != entry["content"] or now["state"] != entry["state"]:
             raise Removed
@@ -3839,29 +3917,59 @@ class Queue:
         self.drop_half_stored()
         with Stage(self, files) as stage:
             while True:
-                stage.hash_large(self.by_ref(values["ref"]))
+                old = self.by_ref(values["ref"])
+                stage.hash_large(old and self.latest(old))
                 with self.transaction():
-                    old = self.by_ref(values["ref"])
-                    if old and old["state"] == "fixed":
-                        return Stored(self.latest(old), stage.left_out)
-                    if token and self.has_received(token, values["ref"]):
-                        return Stored(old, stage.left_out)
-                    if old and self.is_superseded(old, values, token):
-                        kept = None
-                    else:
-                        kept = old
-                        self.require_same_run(old, values, token)
-                    if stage.has_all_large(kept):
-                        if old and not kept:
-                            self.drop("id = ?", old["id"])
-                        number, notes = self.merge(kept, values, stage)
-                        if token:
-                            self.insert("received", token=token, at=time.time())
-                        return Stored(self.by_number(number), stage.left_out, notes)
-                stage.copy_large(kept)
+                    there, stored = self.enter(values, stage, token)
+                if stored:
+                    return stored
+                stage.copy_large(there)
+
+    def enter(self, values, stage, token):
+        """(the entry that is there or None, the Stored), in the transaction at hand.
+
+        The Stored is None where large files must be copied before.
+        """
+        old = self.by_ref(values["ref"])
+        if old and old["state"] == "fixed":
+            corrected = self.latest(old)
+            if corrected["state"] != "fixed":
+                if not stage.has_all_large(corrected):
+                    return corrected, None
+                return corrected, self.add_to_corrected(corrected, stage)
+        if token and self.has_received(token, values["ref"]):
+            return old, Stored(old, stage.left_out)
+        there = old
+        if old and self.is_superseded(old, values, token):
+            there = None
+        else:
+            self.require_same_run(old, values, token)
+        if not stage.has_all_large(there):
+            return there, None
+        if old and not there:
+            self.drop("id = ?", old["id"])
+        number, notes = self.merge(there, values, stage)
+        if token:
+            self.insert("received", token=token, at=time.time())
+        return there, Stored(self.by_number(number), stage.left_out, notes)
+
+    def add_to_corrected(self, entry, stage):
+        """The Stored of a create whose run was corrected under another ref; it may add files."""
+        files = stage.missing(entry)
+        if entry["state"] in ("waiting", "parked"):
+            stage.give_to(entry["id"], self, files)
+            return Stored(self.by_number(entry["id"]), stage.left_out)
+        reason = f"the run was corrected and is {entry['state']}: use create-attachment"
+        left_out = [(file.name, reason) for file in files]
+        return Stored(entry, stage.left_out + left_out)
 
     def is_superseded(self, old, values, token):
-        """Whether a receipt does not answer: the run came back, or it went to another server."""
+        """Whether a receipt does not answer: the run came back, or it went to another server.
+
+        The receipt of a corrected run that was removed does not answer either.
+        """
+        if old["state"] == "fixed":
+            return True
         if old["state"] == "moved":
             return token is not None
         server = values.get("origin") or values.get("server")
@@ -3944,9 +4052,9 @@ class Queue:
 
         `files` are added, or replace those of the same name. The old ref becomes a receipt.
         """
-        names = {file.name for file in files}
         with Stage(self, files) as stage:
             stage.copy_large(None)
+            names = {file.name for file in stage.files}     # those that could be read
             with self.transaction():
                 old = self.by_number(entry["id"])
                 require_correctable(old)
@@ -3961,7 +4069,10 @@ class Queue:
 
     def rename(self, entry, ref):
         """Leaves a receipt under the old ref of an entry that gets a new one."""
-        if self.by_ref(ref):
+        other = self.by_ref(ref)
+        if other and other["state"] == "fixed":     # the content is what it once was
+            self.drop("id = ?", other["id"])
+        elif other:
             old = entry["ref"][:12]
             raise BadInput(f"the corrected run is in the queue already as {ref[:12]}; both stay "
                            "as they are", f"remove the wrong one: queue rm {old}")
@@ -4112,7 +4223,7 @@ class Stage:
         try:
             data = b"".join(file.blocks())
             self.small[file] = data
-            self.digests[file] = file.sha256() if file.done else sha256_of([data])
+            self.digests[file] = digest_to_keep(file, sha256_of([data]))
         except StorageRefused as error:
             self.leave_out(file, error)
 
@@ -4208,7 +4319,7 @@ class Stage:
                         break
                 else:
                     is_at_end = True
-                    self.digests[file] = file.sha256() if file.done else digest.hexdigest()
+                    self.digests[file] = digest_to_keep(file, digest.hexdigest())
                     queue.sql("UPDATE file SET sha256 = ? WHERE id = ?", self.digests[file],
                               number)
             took = time.monotonic() - started
@@ -4244,6 +4355,15 @@ class Stage:
             pass        # the next create or send drops it
         finally:
             self.lock.close()
+
+
+def digest_to_keep(file, digest):
+    """The SHA-256 of a file for its row; Damaged where it comes from a queue and has changed."""
+    if isinstance(file, QueuedFile):
+        if not file.done and file.digest != digest:
+            raise Damaged(f"{file.name} is damaged in the queue file")
+        return file.digest
+    return digest
 
 
 def insert_file(queue, entry, file):
@@ -4385,7 +4505,9 @@ def require_correctable(entry):
 
 
 def move(queue, path):
-    """Hands all waiting entries to another queue file. Returns (how many, its path).
+    """Hands all waiting entries to another queue file.
+
+    Returns (how many, its path, whether it is a new file).
 
     Three commits for each: mark here, insert there, make a receipt here; repeatable at every point.
     The target is known by its identity (a stick has another path on another machine), a hand-over
@@ -4393,6 +4515,7 @@ def move(queue, path):
     """
     if os.path.isdir(path):
         path = os.path.join(path, os.path.basename(queue.path))
+    is_new = not os.path.exists(path)
     with queue.sender_lock() as is_alone:
         if not is_alone:
             raise Unavailable("another process is sending this queue", "try again when it is done")
@@ -4411,7 +4534,7 @@ def move(queue, path):
                     total = count + sum(1 for _ in queue.entries("state = 'waiting'"))
                     raise error.with_note(f"{count} of {counted(total, 'run')} moved")
             queue.purge_expired()
-            return count, target.path
+            return count, target.path, is_new
 
 
 def mark_moving(queue, target):
@@ -4425,7 +4548,7 @@ def mark_moving(queue, target):
     with queue.transaction():
         queue.sql("UPDATE entry SET state = 'moving', target = ?, hop = ? || id "
                   "WHERE state = 'waiting'",
-                  f"{target.identity} {target.path}", os.urandom(16).hex())
+                  storable_text(f"{target.identity} {target.path}"), os.urandom(16).hex())
 
 
 def hand_over(queue, target, entry):
@@ -4485,7 +4608,7 @@ def judge(error, tries, waited_for_units=None, suspect=0):
     if status in (408, 425):
         return Verdict("waiting", retry_wait)
     if isinstance(error, StorageRefused):
-        if (status or 0) >= 500:
+        if (status or 0) >= 500 or error.is_network:
             return Verdict("waiting", retry_wait, "count", is_suspect=True)
         state = "parked" if suspect + 1 >= MOST_SUSPECT else "waiting"
         return Verdict(state, retry_wait)
@@ -4799,7 +4922,7 @@ def entry_has_sub_units(queue, entry):
     try:
         body = json.loads(queue.body(entry["id"]) or "{}")
         return bool(body.get("sub_units"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, QueueUnusable):
         return False
 
 
@@ -4821,10 +4944,12 @@ def store(body: dict, files=(), queue: str = None, url: str = None) -> dict:
     """
     if not isinstance(body, dict):
         raise BadInput("the body of a run must be a dict")
-    values = {str(key): value for key, value in body.items()}
+    values = {storable_text(key): value for key, value in body.items()}
     wire, findings = examine("create", values)
     problems = findings.problems
     opened, unreadable = open_files(files)
+    if url is not None:
+        url = storable_text(url)
     server = named_server(url, allow_http=True, warn=ignore)
     with Queue(queue or default_queue()) as queue_file:
         stored = queue_file.store(storable_request(wire), opened, server, problems)
@@ -4853,11 +4978,14 @@ def open_files(files):
     for item in files:
         try:
             if isinstance(item, tuple):
-                opened.append(MemoryFile(*item))
+                name, data = item
+                opened.append(MemoryFile(storable_text(os.fspath(name)), bytes(memoryview(data))))
             else:
                 opened.append(LocalFile(os.fspath(item)))
         except BadInput as error:
             unreadable.append((os.path.basename(str(item)), error.message))
+        except (OSError, TypeError, ValueError) as error:
+            unreadable.append((storable_text(item)[:80], f"no path and no (name, bytes): {error}"))
     return opened, unreadable
 
 
@@ -6306,6 +6434,8 @@ def run_ls(call):
     limit = filters.pop("limit", None)
     wants_all = bool(call.get("all") or call.get("summary"))
     call.warn_of_zone()
+    if any("," in serial for serial in filters.get("serial_numbers", ())):
+        call.console.warn("no serial number has a comma: separate serial numbers with spaces")
     if "metadata" in re.split(r"[,.\s]", call.get("columns") or ""):
         filters.setdefault("include_metadata", True)
     if limit and call.get("all"):
@@ -6736,7 +6866,10 @@ class Station:
         return text
 
     def url(self):
-        return self.client.login.url
+        try:
+            return self.client.login.url
+        except AccessDenied:        # that is told of the key
+            return named_origin(self.call.get("url"), self.client.allow_http) or CLOUD
 
     def key(self):
         login = self.client.login
@@ -7125,8 +7258,12 @@ def request_of(entry, body):
     """The request of an entry as create takes it; a ref made from the content is left out."""
     try:
         request = json.loads(body or "{}")
-    except ValueError:
-        raise Damaged(f"the request of {entry['ref'][:12]} in the queue file is damaged") from None
+        is_intact = not body or run_ref(request) == entry["content"]
+    except (AttributeError, TypeError, ValueError):
+        is_intact = False
+    if not is_intact:
+        raise Damaged(f"the request of {entry['ref'][:12]} in the queue file is damaged",
+                      "queue fix with --body gives it a new one")
     if entry["ref"] == entry["content"]:
         request.pop("client_run_ref", None)
     return request
@@ -7197,6 +7334,7 @@ def run_queue_rm(call):
         ask(call, f"Remove {counted(len(entries), 'run')} from the queue?")
         with queue.sender_lock() as is_alone, queue.transaction():
             for entry in entries:
+                require_not_moving(queue, entry)
                 if not is_alone:
                     require_not_under_way(queue, entry)
                 queue.drop("id = ?", entry["id"])
@@ -7208,6 +7346,16 @@ def run_queue_rm(call):
         text = " ".join(fact for fact in facts if fact)
         lines.append(f"Removed {text} ({entry['state']})")
     return Result.text({"client_run_ref": removed}, lines, ids=removed)
+
+
+def require_not_moving(queue, entry):
+    """BadInput where a move that is not finished may have brought the entry to another file."""
+    now = queue.by_number(entry["id"])
+    if now and now["state"] == "moving":
+        target = now["target"].partition(" ")[2]
+        command = queue_command("move", target, queue=queue.path)
+        raise BadInput(f"{entry['ref'][:12]} is on its way to {target}",
+                       f"finish that and remove it there: {command}")
 
 
 def require_not_under_way(queue, entry):
@@ -7348,10 +7496,15 @@ def run_queue_move(call):
     refuse_dry_run(call)
     target = given_refs(call, most=1, needs="FILE is missing: the queue to move to")[0]
     with open_queue(call) as queue:
-        count, path = move(queue, local_path(target))
+        count, path, is_new = move(queue, local_path(target))
+        parked = queue.meta()["parked"]
     text = "Nothing is waiting"
     if count:
-        text = f"Moved {counted(count, 'run')} to {path}, which holds the only copy now"
+        file = "a new file, " if is_new else ""
+        runs = counted(count, "run")
+        text = f"Moved {runs} to {file}{path}, which holds the only copy now"
+    if parked:
+        text += f"; {parked} parked here"
     return Result.text({"moved": count, "file": path}, [text], ids=())
 
 
@@ -7831,6 +7984,8 @@ def run_and_write(call):
     out = call.get("out")
     if out and os.path.realpath(local_path(out)) in queue_files(call):
         raise BadInput(f"--out: {printable(out)} is the queue itself", "name another file")
+    if out and out.lower().endswith(".xlsx") and call.format != "xlsx":
+        call.console.warn(f"{printable(out)} will be no workbook: add --format xlsx")
     result = COMMANDS[call.name].run(call)
     how = (call.format, call.get("columns"), call.is_quiet, call.console.warn)
     if call.is_dry_run and call.client_made:
