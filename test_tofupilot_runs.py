@@ -9346,6 +9346,21 @@ class CommandsBesideAPass(QueueCase):
                 self.send(5)
         self.has(parked=1, fixed=1)
 
+    def test_what_a_pass_writes_is_not_told_of_the_corrected_run(self):
+        """Control: settle() that asks for the state alone."""
+        self.offline("A")
+        ref = self.entry("A")["ref"]
+        out_of_reach = runs.Unavailable("cannot reach it")
+        out_of_reach.maybe_sent = False
+
+        def correct():
+            self.run_script("queue", "fix", ref, "--serial-number", "B", status=0)
+        with mock.patch.object(runs.Client, "send_create", side_effect=out_of_reach):
+            with self.during("settle", correct):
+                self.send(6)
+        entry = self.entry("B")
+        self.assertEqual((entry["tries"], entry["error"]), (0, None))
+
     def test_a_retry_does_not_make_a_receipt_wait_again(self):
         """Control: make_ready() that changes the row whatever its state is by then."""
         self.keep("A", "--part-number", "no part", status=5)
@@ -9421,7 +9436,7 @@ class CommandsBesideAPass(QueueCase):
     def test_a_damaged_file_is_not_laundered_by_a_move(self):
         """Control: store a new digest of what a move copies."""
         self.with_files("A")
-        self.sql("UPDATE chunk SET data = x'00' || substr(data, 2) WHERE part = 0")
+        self.sql("UPDATE chunk SET data = CAST(x'00' || substr(data, 2) AS BLOB) WHERE part = 0")
         self.ok("queue", "move", "stick.queue")
         self.has(parked=1)
 
