@@ -3593,6 +3593,19 @@ class Resending(Case):
         self.ok(*CREATE, "-q")
         self.assertEqual(self.asked(), self.new_server_asks)
 
+    def test_a_doubt_is_told_also_where_the_last_try_found_no_server(self):
+        """Control: take any note of an error for one that tells the doubt."""
+        lost = runs.Unavailable("no answer")
+        away = runs.Unavailable("cannot reach it").with_note("proxy: none")
+        away.maybe_sent = False
+        client = self.client(retries=1)
+        with mock.patch.object(client, "send", side_effect=[lost, away]), \
+                mock.patch.object(client, "knows_ref", return_value=True), \
+                mock.patch.object(runs, "delay", return_value=0.001):
+            with self.assertRaises(runs.Unavailable) as caught:
+                client.create(**BODY)
+        self.assertIn("the run may be stored or not", caught.exception.text)
+
     def test_the_question_is_asked_once_by_a_client_and_its_clones(self):
         """Control: forget the answer."""
         client = self.client()
@@ -9313,6 +9326,19 @@ class CommandsBesideAPass(QueueCase):
         """As queue rm does, by another connection."""
         self.sql("DELETE FROM entry WHERE serial_number = ?", serial)
 
+    def fix_while_out_of_reach(self, *flags, status):
+        """A run that a pass cannot send is corrected right before the pass writes that down."""
+        self.offline("A")
+        ref = self.entry("A")["ref"]
+        out_of_reach = runs.Unavailable("cannot reach it")
+        out_of_reach.maybe_sent = False
+
+        def correct():
+            self.run_script("queue", "fix", ref, *flags, status=status)
+        with mock.patch.object(runs.Client, "send_create", side_effect=out_of_reach):
+            with self.during("settle", correct):
+                self.send(status or 6)
+
     def test_an_entry_that_is_removed_before_its_first_byte_ends_no_pass(self):
         """Control: Removed as a plain Exception, which looks like a server out of reach."""
         self.offline("A", "B")
@@ -9334,30 +9360,12 @@ class CommandsBesideAPass(QueueCase):
 
     def test_what_a_pass_writes_does_not_undo_a_correction(self):
         """Control: settle() without the comparison of the content."""
-        self.offline("A")
-        ref = self.entry("A")["ref"]
-        out_of_reach = runs.Unavailable("cannot reach it")
-        out_of_reach.maybe_sent = False
-
-        def correct():
-            self.run_script("queue", "fix", ref, "--ended-at", "2020-01-01T00:00:00Z", status=5)
-        with mock.patch.object(runs.Client, "send_create", side_effect=out_of_reach):
-            with self.during("settle", correct):
-                self.send(5)
+        self.fix_while_out_of_reach("--ended-at", "2020-01-01T00:00:00Z", status=5)
         self.has(parked=1, fixed=1)
 
     def test_what_a_pass_writes_is_not_told_of_the_corrected_run(self):
         """Control: settle() that asks for the state alone."""
-        self.offline("A")
-        ref = self.entry("A")["ref"]
-        out_of_reach = runs.Unavailable("cannot reach it")
-        out_of_reach.maybe_sent = False
-
-        def correct():
-            self.run_script("queue", "fix", ref, "--serial-number", "B", status=0)
-        with mock.patch.object(runs.Client, "send_create", side_effect=out_of_reach):
-            with self.during("settle", correct):
-                self.send(6)
+        self.fix_while_out_of_reach("--serial-number", "B", status=0)
         entry = self.entry("B")
         self.assertEqual((entry["tries"], entry["error"]), (0, None))
 

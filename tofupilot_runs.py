@@ -88,10 +88,12 @@ class Error(Exception):
     `status` is the HTTP status or None, `code` the server's word for the problem, `issues` the list
     of single problems ("path: reason"), `reason` what the server said, `notes` further lines of
     facts. `id` is the ID of a run that is stored all the same, `cursor` where a list that broke off
-    goes on, `maybe_sent` whether the request may have arrived.
+    goes on, `maybe_sent` whether the request may have arrived, `tells_doubt` whether the text says
+    that already.
     """
     exit_code = 1
     maybe_sent = False
+    tells_doubt = False
     id = None
     cursor = None
 
@@ -2084,9 +2086,7 @@ class Transport:
 
     def mask(self, text):
         """The text without the secrets."""
-        for secret, word in self.secrets.items():
-            text = text.replace(secret, word)
-        return text
+        return replace_all(text, self.secrets)
 
     def mask_body(self, data, status):
         """The body of an answer without the secrets, in whatever spelling of JSON they stand.
@@ -2097,17 +2097,15 @@ class Transport:
         secrets = self.secrets
         if status < 300:
             secrets = {secret: word for secret, word in secrets.items() if word == KEY_WORD}
-        for secret, word in secrets.items():
-            data = data.replace(secret.encode("utf-8"), word.encode("utf-8"))
+        data = replace_all(data, {secret.encode("utf-8"): word.encode("utf-8")
+                                  for secret, word in secrets.items()})
         if b"\\" not in data and b"\0" not in data:    # no escapes, no UTF-16
             return data
         try:
             text = json.dumps(load_json(data), ensure_ascii=False)
         except ValueError:
             return data
-        shown = text
-        for secret, word in secrets.items():
-            shown = shown.replace(secret, word)
+        shown = replace_all(text, secrets)
         if shown == text:
             return data
         return shown.encode("utf-8", "backslashreplace")
@@ -2132,7 +2130,8 @@ class Transport:
             return proxy
         login = before.partition("://")[2] or before
         user, _, password = login.partition(":")
-        self.hide_proxy_login(user, password)
+        if login not in self.secrets:
+            self.hide_proxy_login(user, password)
         # urllib cannot read a password that has a / or # as it is.
         user = quote(unquote(user), safe="")
         password = quote(unquote(password), safe="")
@@ -2410,6 +2409,13 @@ class DryRun:
         }
         return Answer(200, {"content-type": "application/json"},
                       dump_json(answer).encode("ascii"))
+
+
+def replace_all(text, words):
+    """A text, or bytes, with each key of `words` replaced by its value."""
+    for old, new in words.items():
+        text = text.replace(old, new)
+    return text
 
 
 def interruptible(exchange, work, *args):
@@ -3283,7 +3289,7 @@ class Client:
                     return None
                 return self.find_existing_run(body, since, known_run_ids)
             except Error as error:
-                error.maybe_sent = True
+                error.maybe_sent = error.tells_doubt = True
                 raise error.with_note("the run may be stored or not: the server could not be asked,"
                                       " so it was not sent again")
         if first_try:
@@ -3294,7 +3300,7 @@ class Client:
             return self.perform(lambda: self.send("create", body, before_send),
                                 before_resend=existing_run)
         except Unavailable as error:
-            if error.maybe_sent and error.status is None and not error.notes[-1:]:
+            if error.maybe_sent and error.status is None and not error.tells_doubt:
                 error.with_note("the run may be stored or not",
                                 hint="run the same command again: it cannot make a second run")
             raise
