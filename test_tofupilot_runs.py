@@ -7683,7 +7683,7 @@ class Screens(unittest.TestCase):
         """Control: take the status before the rows are read."""
         seen = []
         windows = (seen.append(n) or [{"id": n}] for n in range(2))
-        result = runs.Result.table({}, windows, [("ID", "id")], status=lambda: len(seen))
+        result = runs.Result.table({}, windows, [("ID", "id")], exit_code=lambda: len(seen))
         self.assertEqual(written(result, quiet=True), "0\n1\n")
         self.assertEqual(result.exit_status(), 2)
 
@@ -8971,6 +8971,21 @@ class QueueAnswers(QueueCase):
             self.assertEqual(verdict.wait, wait, row)
             self.assertEqual(verdict.effect, "go on", row)
 
+    def test_the_reason_of_an_entry_says_what_to_do(self):
+        """As the error of a direct create does. Control: leave the hint out of reason_text."""
+        for name, status, hint, usual in (
+                ("not linked", 403, "linked to its station", "correct the data"),
+                ("too large", 413, "send less in one run", "correct the data"),
+                ("other data", 422, "the server answered 422", "correct the data"),
+                ("overload", 429, "the server answered 429", "run the same command")):
+            self.use(self.another(), name.replace(" ", "-"))
+            self.store("A")
+            self.box.fault("status", "POST /v2/runs", status=status)
+            self.assertIn(hint, self.run_script("queue", "send").out, name)
+            reason = self.entry("A")["error"]
+            self.assertIn(hint, reason)
+            self.assertNotIn(usual, reason)     # its state says that
+
     # the fault from the sixth of nine on: exit status, creates that arrive, sent, parked
     PASSES = {
         "401": (answer_with(401), 3, 6, 5, 0),
@@ -9267,6 +9282,7 @@ class QueueAnswers(QueueCase):
         self.do("queue", "send", status=5)
         entry = self.entry("P")
         self.assertEqual(entry["next_try_at"] - entry["failed_at"], 900)
+        self.assertIn("a sub-unit needs a run of its own first", entry["error"])
         self.create("U", env={"TOFUPILOT_QUEUE": "other.queue"})
         self.delivered("P", "U")
         self.keep("P4", "--sub-units", "never")

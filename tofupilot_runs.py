@@ -77,13 +77,14 @@ CONNECT_TIMEOUT = 10        # seconds for each address of a host
 MAX_DELAY = 3600            # seconds between two tries, in the queue too
 UPLOAD_WINDOW = 45          # seconds in which a PUT must begin: upload URLs live for 60
 PAGES_AHEAD = 4             # pages of a list that are asked for at the same time
-RETRY_HINT = "run the same command again later: it is safe"
+OVERLOADED = (429, 503)     # HTTP statuses of a server that wants fewer requests
 
 
 # ---- errors --------------------------------------------------------------------------------------
 
 class Error(Exception):
-    """Something failed. `message` says what and why, `hint` what to do next.
+    """Something failed. `message` says what and why, `hint` what to do next; where no hint is given
+    it is the `usual_hint` of the type.
 
     `status` is the HTTP status or None, `code` the server's word for the problem, `issues` the list
     of single problems ("path: reason"), `reason` what the server said, `notes` further lines of
@@ -92,15 +93,16 @@ class Error(Exception):
     that already.
     """
     exit_code = 1
+    usual_hint = ""
     maybe_sent = False
     tells_doubt = False
     id = None
     cursor = None
 
-    def __init__(self, message, hint="", status=None, code=None, issues=(), reason=""):
+    def __init__(self, message, hint=None, status=None, code=None, issues=(), reason=""):
         super().__init__(message)
         self.message = message
-        self.hint = hint
+        self.hint = self.usual_hint if hint is None else hint
         self.status = status
         self.code = code
         self.issues = list(issues)
@@ -160,6 +162,7 @@ class NotFound(Error):
 class Refused(Error):
     """The server refused the data (other 4xx). Fix the data."""
     exit_code = 5
+    usual_hint = "correct the data; sending it again unchanged cannot work"
 
 
 class Unavailable(Error):
@@ -169,10 +172,17 @@ class Unavailable(Error):
     `retry_after`: the seconds that the server asks for, or None.
     """
     exit_code = 6
+    usual_hint = "run the same command again later: it is safe"
     maybe_sent = True
     retryable = True
     reused = False
     retry_after = None
+
+
+class NotSent(Unavailable):
+    """The fault is on this machine: nothing was sent, and another try at once is useless."""
+    maybe_sent = False
+    retryable = False
 
 
 class NotTheAPI(Unavailable):
@@ -186,10 +196,8 @@ class StorageRefused(Unavailable):
     is_network = False
 
 
-class QueueUnusable(Unavailable):
+class QueueUnusable(NotSent):
     """The queue file cannot be read or written. It was left as it is."""
-    maybe_sent = False
-    retryable = False
 
 
 class Damaged(Error):
@@ -396,7 +404,7 @@ def local_midnight(naive):
     return midnight.replace(tzinfo=local_zone(midnight)).isoformat()
 
 
-def is_moving_time(text):
+def is_relative_time(text):
     """Whether a time depends on when it is read: now, 24h, today, a bare date."""
     word = text.strip().lower()
     return word in ("now", "today", "yesterday") or bool(
@@ -417,7 +425,7 @@ def parse_time(text, fold=0):
     if not match:
         require(not re.fullmatch(_DATE, text),
                 f"give the time of day too, such as {text}T08:00:00Z")
-        require(not is_moving_time(text),
+        require(not is_relative_time(text),
                 f"{text} would make each repetition another run: give the whole time")
         raise ValueError("not a time: use 2026-05-19T08:00:00Z, with any offset")
     *parts, fraction, offset = match.groups("")
@@ -2120,11 +2128,9 @@ class Transport:
         if not proxy:
             return None
         if proxy.lower().startswith("socks"):
-            error = Unavailable(f"the proxy {without_login(proxy)} is a SOCKS proxy, which is not "
-                                "supported", "name an http proxy in "
-                                f"{parts.scheme.upper()}_PROXY, or none")
-            error.maybe_sent = error.retryable = False
-            raise error
+            raise NotSent(f"the proxy {without_login(proxy)} is a SOCKS proxy, which is not "
+                          "supported",
+                          f"name an http proxy in {parts.scheme.upper()}_PROXY, or none")
         before = proxy.rpartition("@")[0]
         if not before:
             return proxy
@@ -2190,10 +2196,8 @@ class Transport:
             try:
                 self.context = self.context or self.make_context()
             except ImportError:
-                error = Unavailable("this Python has no ssl module: it cannot speak https",
-                                    "use a Python that has it; check shows which one this is")
-                error.maybe_sent = error.retryable = False
-                raise error from None
+                raise NotSent("this Python has no ssl module: it cannot speak https",
+                              "use a Python that has it; check shows which one this is") from None
             connection = http.client.HTTPSConnection(request.host, context=self.context)
         else:
             connection = http.client.HTTPConnection(request.host)
@@ -2280,7 +2284,7 @@ class Transport:
         headers = {name.lower(): self.mask(value) for name, value in response.getheaders()}
         server_time = http_date(headers.get("date"))
         self.server_clock = (server_time, time.time()) if server_time else None
-        self.was_overloaded = self.was_overloaded or status in (429, 503)
+        self.was_overloaded = self.was_overloaded or status in OVERLOADED
         return Answer(status, headers, self.mask_body(b"".join(pieces), status))
 
     def exchange(self, method, url, headers, content=None, budget=None, sink=None,
@@ -2305,10 +2309,7 @@ class Transport:
         try:
             timer.start()
         except RuntimeError as error:   # no thread can be started
-            failure = Unavailable(f"this machine cannot do more at the same time: {error}",
-                                  RETRY_HINT)
-            failure.maybe_sent = failure.retryable = False
-            raise failure from None
+            raise NotSent(f"this machine cannot do more at the same time: {error}") from None
         started, outcome = time.monotonic(), None
         try:
             answer = interruptible(exchange, opener.open, request, None, self.timeout)
@@ -2338,8 +2339,7 @@ class Transport:
             found.with_note(f"proxy: {without_login(self.proxy_for(parts) or 'none')}")
             found.maybe_sent = False
         else:
-            found = Unavailable(f"no answer from {parts.netloc}: {reason}", RETRY_HINT,
-                                reason=reason)
+            found = Unavailable(f"no answer from {parts.netloc}: {reason}", reason=reason)
         found.retryable = retryable
         found.reused = exchange.stage == "reused" and not exchange.late
         return found
@@ -2533,26 +2533,34 @@ def error_of(answer, found, host, kind):
     if not reason and not believed:
         return not_the_api(host, status, f"an error of type {kind or 'unknown'}")
     if status >= 500 or believed and status != 413:
-        error_type, hint = Unavailable, RETRY_HINT
+        error_type, hint = Unavailable, None
     elif status == 401:
         error_type, hint = AccessDenied, "check the key, and that --url is the right server"
     elif status == 403:
         error_type, hint = AccessDenied, ("a station key reaches the procedures that are linked "
                                           "to its station")
     elif status == 404:
-        error_type, hint = NotFound, ""
+        error_type, hint = NotFound, None
     elif status == 413:
         error_type, hint = Refused, "send less in one run, or ask for a higher limit"
         reason = reason or "the request is too large"
     else:
-        error_type, hint = Refused, "correct the data; sending it again unchanged cannot work"
+        error_type, hint = Refused, None
     reason = printable(reason or "no reason given", 500)
     code = found.get("code") if isinstance(found.get("code"), str) else None
     issues = [issue_text(issue) for issue in only_dicts(found.get("issues"))]
     error = error_type(f"the server answered {status}: {reason}", hint, status, code, issues,
                        reason)
     error.retry_after = retry_after(answer)
+    if is_about_sub_unit(error):
+        error.hint = "a sub-unit needs a run of its own first: create that, then this again"
     return error
+
+
+def is_about_sub_unit(error):
+    """Whether the server says that a sub-unit is not there: its run may come later."""
+    reasons = " ".join([error.message] + error.issues)
+    return error.status in (400, 404) and bool(re.search("(?i)sub.?unit", reasons))
 
 
 def issue_text(issue):
@@ -3177,18 +3185,18 @@ class Client:
                 raise
             raise not_found from None
 
-    def send(self, operation, wire, before_send=None):
-        """One exchange with the API: the JSON object of its answer."""
+    def send(self, name, wire, before_send=None):
+        """One exchange with the API, for an operation: the JSON object of its answer."""
         from urllib.parse import quote
-        how = OPERATIONS[operation]
+        operation = OPERATIONS[name]
         rest = dict(wire)
-        url = f"{self.login.url}/api{how.path}"
-        if "{id}" in how.path:
+        url = f"{self.login.url}/api{operation.path}"
+        if "{id}" in operation.path:
             url = url.replace("{id}", quote(rest.pop("id"), safe=""))
         content = None
-        if operation == "finalize":
+        if name == "finalize":
             pass        # a POST without a body
-        elif how.method in ("POST", "PATCH"):
+        elif operation.method in ("POST", "PATCH"):
             content = dump_json(rest).encode("ascii")
         elif rest:
             url += "?" + query_text(rest)
@@ -3200,10 +3208,10 @@ class Client:
             raise no_key()
         if content:     # http.client adds its length
             headers["Content-Type"] = "application/json"
-        answer = self.transport.exchange(how.method, url, headers, content,
+        answer = self.transport.exchange(operation.method, url, headers, content,
                                          before_send=before_send)
         try:
-            return read_answer(answer, self.host, how.answer_keys)
+            return read_answer(answer, self.host, operation.answer_keys)
         except AccessDenied as error:
             if error.status == 401:
                 error.message = (f"the server refused the API key ending ...{self.login.key[-4:]} "
@@ -3271,7 +3279,7 @@ class Client:
                 if error.status == 401 or isinstance(error, Unavailable):
                     raise
                 raise Unavailable("the server does not say which version it is: " + error.message,
-                                  RETRY_HINT, error.status) from None
+                                  status=error.status) from None
         return self.ref_is_known
 
     def send_create(self, body, first_try=None, known_run_ids=set, before_send=None):
@@ -3556,6 +3564,7 @@ CREATE INDEX file_by_entry ON file (entry);
 CREATE TABLE chunk (file INTEGER, part INTEGER, data BLOB, PRIMARY KEY (file, part))"""
 ADDED_COLUMNS = {"server": "TEXT", "suspect": "INTEGER DEFAULT 0", "status": "INTEGER"}  # in 1.1.0
 RECEIVED = "CREATE TABLE received (token TEXT PRIMARY KEY, at REAL)"    # since 1.1.0
+OPEN = ("waiting", "parked")            # states of what is still to be sent
 ENDED = ("sent", "moved", "fixed")      # states of receipts
 
 class OpenQueues:
@@ -3628,15 +3637,15 @@ class Queue:
             with contextlib.suppress(FileExistsError):
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
                 os.close(os.open(self.real_path, flags, 0o600))
-        state = os.stat(self.real_path)
-        if not stat.S_ISREG(state.st_mode):
+        info = os.stat(self.real_path)
+        if not stat.S_ISREG(info.st_mode):
             raise self.unusable("it is not a regular file")
-        if state.st_nlink > 1:
+        if info.st_nlink > 1:
             raise self.unusable("it has a second name (a hard link), so its lock would not hold",
                                 "remove the other name")
         if not read_only and not os.access(self.real_path, os.W_OK):
             raise self.unusable("this user cannot write it")
-        key = (state.st_dev, state.st_ino)
+        key = (info.st_dev, info.st_ino)
         return key, not counts[key] and self.has_no_tables()
 
     def has_no_tables(self):
@@ -3962,7 +3971,7 @@ class Queue:
     def add_to_corrected(self, entry, stage):
         """The Stored of a create whose run was corrected under another ref; it may add files."""
         files = stage.missing(entry)
-        if entry["state"] in ("waiting", "parked"):
+        if entry["state"] in OPEN:
             stage.give_to(entry["id"], self, files)
             return Stored(self.by_number(entry["id"]), stage.left_out)
         reason = f"the run was corrected and is {entry['state']}: use create-attachment"
@@ -4019,7 +4028,7 @@ class Queue:
             self.change(number, tried_at=values["tried_at"], origin=values["origin"],
                         run_id=values["run_id"])
         server = values.get("server")
-        is_other = server and server != old["server"] and old["state"] in ("waiting", "parked")
+        is_other = server and server != old["server"] and old["state"] in OPEN
         if is_other and not old["tried_at"] and not old["run_id"]:
             self.change(number, server=server)
             if old["server"]:
@@ -4161,7 +4170,7 @@ class Queue:
 
         On a file that cannot be written SQLite would take a lock that keeps nobody out.
         """
-        state = os.stat(self.real_path)
+        info = os.stat(self.real_path)
         try:
             number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError:
@@ -4170,8 +4179,8 @@ class Queue:
             raise self.unusable(f"its lock file {path}: {error.strerror}") from None
         else:
             with contextlib.suppress(AttributeError, OSError):      # Windows; another's queue
-                os.fchmod(number, stat.S_IMODE(state.st_mode))
-                os.fchown(number, state.st_uid, state.st_gid)
+                os.fchmod(number, stat.S_IMODE(info.st_mode))
+                os.fchown(number, info.st_uid, info.st_gid)
             os.close(number)
         if not os.access(path, os.W_OK):
             raise self.unusable(f"this user cannot write its lock file {path}, which belongs to "
@@ -4609,7 +4618,7 @@ def judge(error, tries, waited_for_units=None, suspect=0):
         if status == 403:   # a station key gets it for a procedure that is not linked
             return Verdict("waiting", MAX_DELAY, "count")
         return Verdict("waiting", effect="end")
-    if status in (429, 503):
+    if status in OVERLOADED:
         return Verdict("waiting", retry_wait, "end")
     if status in (408, 425):
         return Verdict("waiting", retry_wait)
@@ -4626,12 +4635,6 @@ def judge(error, tries, waited_for_units=None, suspect=0):
         if waited_for_units < SUB_UNIT_HOURS * 3600:
             return Verdict("waiting", min(900 * 2 ** min(tries, 9), 21600))
     return Verdict("parked")
-
-
-def is_about_sub_unit(error):
-    """Whether the server says that a sub-unit is not there: its run may come later."""
-    reasons = " ".join([error.message] + error.issues)
-    return error.status in (400, 404) and bool(re.search("(?i)sub.?unit", reasons))
 
 
 def is_due(entry, now):
@@ -4751,7 +4754,7 @@ class SendPass:
             rows = self.queue.sql("SELECT status, failed_at FROM entry WHERE state = ? "
                                   f"ORDER BY id {order} LIMIT {WINDOW}", state)
             for row in rows:
-                if row["status"] in (429, 503) and (row["failed_at"] or 0) > since:
+                if row["status"] in OVERLOADED and (row["failed_at"] or 0) > since:
                     return True
         return False
 
@@ -4854,8 +4857,9 @@ class SendPass:
         if exit_code not in (3, 6):
             exit_code = 5
         tried_at = origin = None
-        is_refused = isinstance(error, (Refused, NotFound)) and error.status != 409
-        surely_not_there = is_refused and not error.maybe_sent and not entry["run_id"]
+        # 409 may mean that an earlier try made a run under this ref.
+        is_final = isinstance(error, (Refused, NotFound)) and error.status != 409
+        surely_not_there = is_final and not error.maybe_sent and not entry["run_id"]
         was_tried = entry["run_id"] or entry["tried_at"] or error.maybe_sent
         if was_tried and not surely_not_there:
             tried_at = entry["tried_at"] or now
@@ -4875,7 +4879,7 @@ class SendPass:
             self.failures.append((entry, reason))
         if verdict.state == "waiting":
             self.block(entry, exit_code)
-        self.count_failure(verdict)
+        self.note_failure(verdict)
         text = f"{verdict.state} {entry['serial_number']}: {reason[:300]}"
         if verdict.wait:
             text += f"; next try in {verdict.wait:.0f} s"
@@ -4891,7 +4895,7 @@ class SendPass:
         else:
             self.blocked |= units_of(entry)
 
-    def count_failure(self, verdict):
+    def note_failure(self, verdict):
         """The pass ends with three failures in a row, or with one that ends it alone."""
         if verdict.effect == "count":
             self.failures_in_a_row += 1
@@ -4936,6 +4940,8 @@ def reason_text(error):
     """Why an entry failed, as one line that can be stored."""
     reasons = group_issues(error.issues)[:20]
     reasons.append(" ".join(error.text.split()))
+    if error.hint != error.usual_hint:      # it says more than that it waits, or is parked
+        reasons.append(" ".join(error.hint.split()))
     return storable_text("; ".join(reasons))
 
 
@@ -5048,16 +5054,16 @@ def as_windows(rows):
 class Result:
     """What a command returns; a Screen writes it.
 
-    `status` is the exit status, or a function that gives it once all is written. `error` is an
+    `exit_code` is the exit status, or a function that gives it once all is written. `error` is an
     Error that is told after all else is written.
     """
     error = None
 
-    def __init__(self, windows, columns, status):
+    def __init__(self, windows, columns, exit_code):
         self.windows = windows      # lists of rows, as they come
         self.columns = [as_column(item) for item in columns]
         self.csv_columns = [column.path for column in self.columns]
-        self.status = status
+        self.exit_code = exit_code
         self.document = {}          # JSON: all of it, or what stands beside "data"
         self.lines = None           # texts, or a function of the Screen
         self.ids = None             # what -q prints; None: the ID of each row
@@ -5069,10 +5075,10 @@ class Result:
         self.is_single = False      # JSON: the object itself
 
     @classmethod
-    def text(cls, document, lines, ids=None, rows=None, status=0):
+    def text(cls, document, lines, ids=None, rows=None, exit_code=0):
         """A JSON document that people read as lines. `rows` are for CSV and its like."""
         rows = [document] if rows is None else list(rows)
-        result = cls([rows], list(rows[0]) if rows else [], status)
+        result = cls([rows], list(rows[0]) if rows else [], exit_code)
         result.document = document
         result.lines = lines
         result.ids = ids
@@ -5080,12 +5086,12 @@ class Result:
 
     @classmethod
     def table(cls, document, rows, columns, id_key="id", rows_key="data", is_logged=False,
-              status=0):
+              exit_code=0):
         """Rows in a list, or lists of rows as they come; `document` has what JSON adds to them.
 
         What stands under `rows_key` there is written from the rows.
         """
-        result = cls(as_windows(rows), columns, status)
+        result = cls(as_windows(rows), columns, exit_code)
         result.document = document
         result.id_key = id_key
         result.rows_key = rows_key
@@ -5093,9 +5099,9 @@ class Result:
         return result
 
     @classmethod
-    def pages(cls, pages, columns, csv_columns=None, status=0):
+    def pages(cls, pages, columns, csv_columns=None, exit_code=0):
         """Pages of a list, (rows, meta), as they arrive."""
-        result = cls((), columns, status)
+        result = cls((), columns, exit_code)
         result.document = {"meta": lambda: result.last_meta}
         result.last_meta = {"has_more": False, "next_cursor": None}
         result.windows = result.read_pages(pages)
@@ -5103,10 +5109,10 @@ class Result:
         return result
 
     @classmethod
-    def runs(cls, runs, report_lines, single, status=0):
+    def runs(cls, runs, report_lines, single, exit_code=0):
         """Whole runs as they come. People read report_lines(run, screen), a spreadsheet gets a row
         for each measurement, JSON has the server's object, in "data" unless `single`."""
-        result = cls(([run] for run in runs), [], status)
+        result = cls(([run] for run in runs), [], exit_code)
         result.csv_columns = MEASUREMENT_COLUMNS
         result.report_lines = report_lines
         result.has_runs = True
@@ -5115,7 +5121,7 @@ class Result:
 
     def exit_status(self):
         """The exit status, once all is written."""
-        return self.status() if callable(self.status) else self.status
+        return self.exit_code() if callable(self.exit_code) else self.exit_code
 
     def read_pages(self, pages):
         try:
@@ -6368,7 +6374,7 @@ class Call:
         self.console = Console(self.format, self.is_quiet, bool(self.get("v")))
         self.is_dry_run = bool(self.get("dry_run"))
         self.client_made = None
-        self.queued_status = None       # the exit status, once a run is in the queue
+        self.queued_exit_code = None       # the exit status, once a run is in the queue
 
     def client(self, retries=3):
         """The Client of this command, made once: one login, one set of connections.
@@ -6499,7 +6505,8 @@ def run_get(call):
     is_single = len(ids) == 1
     if is_single:
         reader.first = reader.fetch(ids[0])
-    result = Result.runs(reader.runs(), reader.lines, single=is_single, status=reader.status)
+    result = Result.runs(reader.runs(), reader.lines, single=is_single,
+                         exit_code=reader.exit_code)
     reader.result = result
     return result
 
@@ -6571,7 +6578,7 @@ class RunReader:
             return error
         return None
 
-    def status(self):
+    def exit_code(self):
         return 10 if self.call.get("exit_status") and not self.all_passed else 0
 
 
@@ -6614,7 +6621,7 @@ def read_moving_times(values):
     now = datetime.datetime.now().astimezone()
     for name in ("started_at", "ended_at"):
         value = values.get(name)
-        if not isinstance(value, str) or not is_moving_time(value):
+        if not isinstance(value, str) or not is_relative_time(value):
             continue
         if not values.get("client_run_ref"):
             raise BadInput(f"{flag_name(name)}: {value} would make each repetition another run",
@@ -6665,10 +6672,6 @@ def create_now(call, body, files):
     except Unavailable as error:
         if not error.maybe_sent:
             error.hint += "\nto keep runs meanwhile, add --queue FILE"
-        raise
-    except NotFound as error:
-        if is_about_sub_unit(error):
-            error.hint = "a sub-unit needs a run of its own first: create that, then this again"
         raise
     title = "Created run"
     if was_there(call, client, run_id, time.monotonic() - started):
@@ -6968,7 +6971,7 @@ class Station:
 def run_check(call):
     """A line for each thing that a station needs, ok or FAIL; exits as its first failure does."""
     station = Station(call)
-    rows, lines, status = [], [], 0
+    rows, lines, exit_code = [], [], 0
     for name, step in station.steps():
         try:
             text, error = step(), None
@@ -6976,7 +6979,7 @@ def run_check(call):
         except Error as failure:
             text, error = failure.text, failure
             mark = "FAIL"
-            status = status or failure.exit_code
+            exit_code = exit_code or failure.exit_code
         if error and text in [row["text"] for row in rows]:
             continue        # told already
         rows.append({"name": name, "ok": error is None, "text": text,
@@ -6985,7 +6988,7 @@ def run_check(call):
         lines.append(f"{mark}  {name:<9} {one_line}")
         if error and error.hint:
             lines.append("      Fix: " + " ".join(error.hint.split()))
-    return Result.text({"data": rows}, lines, ids=(), rows=rows, status=status)
+    return Result.text({"data": rows}, lines, ids=(), rows=rows, exit_code=exit_code)
 
 
 def openssl_version():
@@ -7046,7 +7049,7 @@ def create_queued(call, wire, findings):
         left_out = unreadable + stored.left_out
         is_parked = stored.entry["state"] == "parked"
         problems = findings.problems if is_parked else []
-        call.queued_status = 5 if is_parked or left_out else 0
+        call.queued_exit_code = 5 if is_parked or left_out else 0
         trouble = []
         if stored.entry["state"] == "waiting" and not call.get("offline"):
             send_for_a_while(call, path, trouble)
@@ -7058,7 +7061,7 @@ def create_queued(call, wire, findings):
         if entry["state"] == "parked":
             tell_parked(call, entry, problems)
         tell_old(call, queue, entry)
-    result.status = call.queued_status
+    result.exit_code = call.queued_exit_code
     problems = problems + left_out_problems(left_out)
     if problems:
         result.document["state"] = entry["state"]
@@ -7144,7 +7147,11 @@ def tell_old(call, queue, entry):
 
 
 def create_unqueued(call, wire, findings, error):
-    """The queue cannot be written: sends the run directly, or says that it is NOT stored."""
+    """The queue cannot be written: sends the run directly, or says that it is NOT stored.
+
+    Whatever failed is Unavailable: the same command again may find the queue, which takes even a
+    run that the server refuses.
+    """
     failure = error
     if not call.get("offline"):
         call.console.warn(f"{error.text}; the run is sent directly")
@@ -7303,9 +7310,9 @@ def run_queue_fix(call):
     if findings.problems:
         lines = [f"{ref[:12]} is parked"]
         tell_parked(call, stored.entry, findings.problems)
-    status = 5 if findings.problems or left_out else 0
+    exit_code = 5 if findings.problems or left_out else 0
     document = {"client_run_ref": ref, "state": state, "problems": findings.problems}
-    return Result.text(document, lines, ids=[ref], status=status)
+    return Result.text(document, lines, ids=[ref], exit_code=exit_code)
 
 
 def require_correction(call, word):
@@ -7402,7 +7409,7 @@ def run_queue_retry(call):
 
 def require_open(entry):
     """BadInput for a REF whose entry is not there to be sent any more."""
-    if entry["state"] not in ("waiting", "parked"):
+    if entry["state"] not in OPEN:
         raise BadInput(f"{entry['ref'][:12]} is {entry['state']}: there is nothing to send")
 
 
@@ -7461,9 +7468,9 @@ def send_queue(call, queue, is_forced=lambda entry: False):
     result = Result.table(document, rows, SENT_COLUMNS, rows_key="runs", is_logged=True)
     for code in (6, 5, 3):      # the last that holds counts most
         if code in codes:
-            result.status = code
-    if result.status and not console.is_logging:    # else the log has told it
-        result.error = pass_error(call, work, result.status, text)
+            result.exit_code = code
+    if result.exit_code and not console.is_logging:     # else the log has told it
+        result.error = pass_error(call, work, result.exit_code, text)
     return result
 
 
@@ -7480,13 +7487,13 @@ def pass_text(call, queue, work, meta):
     return text
 
 
-def pass_error(call, work, status, text):
+def pass_error(call, work, exit_code, text):
     """The Error of a pass that did not send all."""
     kinds = {3: AccessDenied, 5: Refused, 6: Unavailable}
     for entry, reason in work.failures:
         text += f"; {entry['serial_number']}: {reason}"
     command = queue_command("ls", queue=call.get("queue"))
-    return kinds[status](text, f"{command} tells why")
+    return kinds[exit_code](text, f"{command} tells why")
 
 
 def sent_rows(path, numbers):
@@ -7655,8 +7662,10 @@ ABOUT_QUEUE = """\
   create --queue FILE stores the run first, then sends it: exit 0 is safe
   whatever the network does. create --offline only stores it. queue send, from
   cron, sends what waits; name the server with --url there. A run that is
-  refused is parked: queue fix corrects it. queue move FILE hands all waiting
-  runs to a stick; never copy the file.
+  refused is parked: queue fix corrects it. The status of create is decided
+  when the run is stored; what the server refuses later makes queue send end
+  with 5 until it is corrected. queue move FILE hands all waiting runs to a
+  stick; never copy the file.
 """
 
 
@@ -7831,17 +7840,17 @@ def add_flags(parser, fields, are_shown=True):
         if are_shown and field.group not in groups:
             groups[field.group] = parser.add_argument_group(field.group)
         name = flag_name(field.name)
-        how = {"metavar": metavar(field)}
+        options = {"metavar": metavar(field)}
         if field.kind == "flag":
-            how = {"action": "store_true"}
+            options = {"action": "store_true"}
         if field.kind == "boolean":
-            how.update(nargs="?", const="true")
+            options.update(nargs="?", const="true")
         if field.many and not field.record:
-            how.update(nargs="+", action="append")
+            options.update(nargs="+", action="append")
             if name.endswith("s"):      # the singular is accepted too
-                parser.add_argument(name[:-1], dest=field.name, help=argparse.SUPPRESS, **how)
+                parser.add_argument(name[:-1], dest=field.name, help=argparse.SUPPRESS, **options)
         text = help_text(field) if are_shown else argparse.SUPPRESS
-        groups.get(field.group, parser).add_argument(name, help=text, **how)
+        groups.get(field.group, parser).add_argument(name, help=text, **options)
 
 
 def help_text(field):
@@ -7977,9 +7986,9 @@ def execute(argv):
     try:
         return run_and_write(call)
     except (OSError, Error, KeyboardInterrupt) as error:
-        if call.queued_status is not None:      # a run that is stored stays stored
+        if call.queued_exit_code is not None:      # a run that is stored stays stored
             drop_stdout()
-            return call.queued_status
+            return call.queued_exit_code
         error.command = call.name
         raise
     finally:
@@ -7993,15 +8002,21 @@ def run_and_write(call):
     if out and out.lower().endswith(".xlsx") and call.format != "xlsx":
         call.console.warn(f"{printable(out)} will be no workbook: add --format xlsx")
     result = COMMANDS[call.name].run(call)
-    how = (call.format, call.get("columns"), call.is_quiet, call.console.warn)
-    if call.is_dry_run and call.client_made:
+    is_dry = call.is_dry_run and call.client_made
+    if is_dry:
         requests = call.client_made.transport.requests
-        result, how = Result.text({}, [dump_json(request) for request in requests]), ()
+        result = Result.text({}, [dump_json(request) for request in requests])
+
+    def write(stream):
+        screen = Screen(stream, call.format, call.get("columns"), call.is_quiet, call.console.warn)
+        if is_dry:
+            screen = Screen(stream)     # a line for each request, whatever the format
+        screen.write(result)
     try:
         if out and out not in ("-", "/dev/stdout"):
-            write_file(out, result, *how)
+            write_file(out, write)
         else:
-            Screen(sys.stdout, *how).write(result)
+            write(sys.stdout)
     except (OSError, Error) as error:
         if call.name == "create" and isinstance(result.document, dict):
             error.id = result.document.get("id")
@@ -8022,26 +8037,26 @@ def catch_signals():
             signal.signal(signal.SIGINT, stop)
 
 
-def write_file(path, result, *how):
-    """Writes beside the file and renames at the end: what fails leaves the old file."""
+def write_file(path, write):
+    """write(stream) into a file beside this one, renamed at the end: a failure leaves the old."""
     path = os.path.realpath(local_path(path))
     if os.path.exists(path) and not os.path.isfile(path):   # a device, a FIFO: as it is
         with open(path, "wb") as file:
-            write_text_or_bytes(file, result, *how)
+            write_text_or_bytes(file, write)
         return
     with new_part(path) as (part, file):
         if os.path.isfile(path):
             os.chmod(part, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
-        write_text_or_bytes(file, result, *how)
+        write_text_or_bytes(file, write)
         file.close()
         replace(part, path)
 
 
-def write_text_or_bytes(file, result, *how):
-    """Writes a result to a binary file; its text goes as UTF-8."""
+def write_text_or_bytes(file, write):
+    """write(stream) into a binary file; its text goes as UTF-8."""
     import io
     stream = io.TextIOWrapper(file, "utf-8", newline="")
-    Screen(stream, *how).write(result)
+    write(stream)
     stream.flush()
     stream.detach()
 
@@ -8126,11 +8141,11 @@ def main(argv=None):
         argv = [os.fsencode(word).decode("utf-8", "surrogateescape") for word in argv]
     try:
         try:
-            status = execute(argv)
+            exit_code = execute(argv)
         except SystemExit as ended:     # argparse, after its help
-            status = ended.code or 0
+            exit_code = ended.code or 0
         sys.stdout.flush()
-        return status
+        return exit_code
     except KeyboardInterrupt as stopped:
         failure = stopped_error(stopped)
     except OSError as error:
