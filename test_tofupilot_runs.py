@@ -2869,6 +2869,20 @@ LOG = {"level": "INFO", "timestamp": BEGIN, "message": "m", "source_file": "f", 
 FAR = "colour operator_note fixture x1 nam3s_of_day id created_at".split()
 
 
+# The same for what is a warning.
+DOUBTS = """
+{"outcome": "FAIL"} > outcome
+{"validators": [{"outcome": "FAIL"}]} > validators[0].outcome
+{"validators": [{"outcome": "FAIL", "is_decisive": false}]} >\x20
+{"validators": [{"operator": "=>", "expected_value": 1}]} > validators[0].operator
+{"y_axis": [{"data": [], "validators": [{"operator": "~"}]}]} > y_axis[0].validators[0].operator
+{"measured_value": "3.3", "lower_limit": 3} > measured_value
+{"measured_value": "3.3", "validators": [{"operator": "<", "expected_value": 4}]} > measured_value
+{"measured_value": "1.4.0", "validators": [{"operator": "==", "expected_value": "1.4.0"}]} >\x20
+{"measured_value": true, "lower_limit": 0, "upper_limit": 1} >\x20
+"""
+
+
 class Checks(unittest.TestCase):
     """Whether a request is right, with all problems at once and their paths."""
 
@@ -2904,6 +2918,31 @@ class Checks(unittest.TestCase):
         self.assertTrue(problem.startswith(MEASUREMENT_PATH + ".y_axis[1]"), problem)
         axes["y_axis"].pop()
         self.assertEqual(problems_of(body_with(axes)), [])
+
+    def doubts(self, body):
+        """The paths of the warnings about a body that has no problem."""
+        findings = runs.examine("create", body)[1]
+        self.assertEqual(findings.problems, [])
+        return [warning.split(": ")[0] for warning in findings.warnings]
+
+    def test_what_the_server_takes_and_nobody_means_is_a_warning(self):
+        """Control: leave warn_of_operator, or one of the warnings of warn_of_limits, out."""
+        for text, names in cells_of(DOUBTS):
+            expected = [f"{MEASUREMENT_PATH}.{name}" for name in names.split()]
+            self.assertEqual(self.doubts(body_with(json.loads(text))), expected, text)
+        for operator in runs.OPERATORS:
+            rule = {"operator": operator, "expected_value": 1, "outcome": "PASS"}
+            self.assertEqual(self.doubts(body_with({"validators": [rule]})), [])
+
+    def test_a_phase_that_failed_in_a_run_that_passed_is_a_warning_unless_it_was_repeated(self):
+        """Control: take every failed phase for a contradiction."""
+        first = body_with()["phases"][0]
+        failed = dict(first, name="q", outcome="ERROR")
+        body = dict(BODY, phases=[first, failed])
+        self.assertEqual(self.doubts(body), ["phases[1].outcome"])
+        self.assertEqual(self.doubts(dict(body, outcome="FAIL")), [])
+        body["phases"].append(dict(failed, outcome="PASS", retry_count=1))
+        self.assertEqual(self.doubts(body), [])
 
     def test_all_problems_are_told_at_once_and_those_of_the_top_level_first(self):
         """Control: leave the sort out."""
@@ -4311,6 +4350,17 @@ class Listing(Case):
             self.fails(6, "ls", "--all", *ONCE)
             self.assertEqual(len(self.sent()), 1)
 
+    def test_metadata_that_was_asked_for_is_shown_in_each_form(self):
+        """Control: show the usual columns alone."""
+        self.made(metadata={"lot": "L\xfc7"})
+        for format in ("table", "csv", "jsonl"):
+            ran = self.ok("ls", "--include-metadata", "--format", format)
+            self.assertRegex(ran.out, r"(?i)metadata")
+            self.assertRegex(ran.out, r"lot\W+: \W+L(\xfc|\\u00fc)7")
+        self.assertNotIn("metadata", self.ok("ls", "--format", "csv").out)
+        status, text = self.terminal("ls", "--include-metadata")
+        self.assertIn('{"lot": "', text)
+
     def test_rows_come_as_table_lines_of_json_csv_and_ids(self):
         run_id = self.made(docstring="=1+1\t\x1b[2J\n,", metadata={"a": 1})
         names = "id,docstring,metadata.a,unit.batch.x"
@@ -4616,6 +4666,27 @@ class Getting(Case):
         header, rows = self.measurements("csv", run_id, "--columns", "id,unit.serial_number")
         self.assertEqual(header, ["id", "unit.serial_number"])
         self.assertEqual(rows, [[run_id, "SN-0001"]])
+
+    def test_columns_of_measurements_can_be_asked_for_and_those_of_their_run_beside_them(self):
+        """Control: take every --columns for columns of runs: `value` is in none of the rows."""
+        run_id = self.made(**REPORTED)
+        names = "id,unit.serial_number,procedure.name,metadata.shift,name,outcome,value"
+        header, rows = self.measurements("csv", run_id, "--columns", names)
+        self.assertEqual(header, names.split(","))
+        self.assertEqual(rows[0], [run_id, "SN-0001", "Burn-in", "A", "vcc", "FAIL", "3.52"])
+        ran = self.ok("get", run_id, "--columns", "name,limits")
+        self.assertEqual(ran.out.splitlines()[:2], ["name\tlimits", "vcc\tx >= 3.1, x <= 3.4"])
+        self.assertEqual(ran.err, "")
+
+    def test_failed_only_holds_for_the_rows_of_a_spreadsheet_too(self):
+        """Control: leave failed_only out of rows_of."""
+        run_id = self.made(**REPORTED)
+        for more in ((), ("--columns", "serial_number,name,outcome")):
+            for format in ("csv", "jsonl"):
+                words = [run_id, "--failed-only", *more]
+                header, rows = self.measurements(format, *words)
+                found = [dict(zip(header, row)) for row in rows]
+                self.assertEqual([row["name"] for row in found], ["vcc"])
 
     def test_all_measurements_of_listed_runs_go_into_one_workbook(self):
         for serial in ("00042", "B"):
@@ -7707,6 +7778,10 @@ class Report(unittest.TestCase):
             rules = [{"expression": expression} for expression in expressions]
             self.assertEqual(runs.limits_text({"validators": rules}, units), text)
 
+    def test_a_text_that_was_measured_has_its_real_characters(self):
+        """Control: show it as JSON in ASCII."""
+        self.assertIn('"gr\xfcn"', self.report({"name": "m", "measured_value": "gr\xfcn"}))
+
     def test_every_failed_measurement_has_a_mark(self):
         """Control: mark numbers alone."""
         for value, limit, mark in ((17.1, 18.0, "<-- 0.9 below"), (True, False, "expected false"),
@@ -7772,6 +7847,13 @@ class Workbook(unittest.TestCase):
             self.assertEqual(self.cells([text]), [("inlineStr", text)])
         self.assertEqual(self.cells([1.5, 10 ** 18, True, "\x1b"]), [
             (None, "1.5"), ("inlineStr", str(10 ** 18)), ("b", "1"), ("inlineStr", "\\x1b")])
+
+    def test_json_in_a_cell_has_its_real_characters(self):
+        """Control: write it in ASCII, as for a stream."""
+        value = {"name": "M\xfcller"}
+        self.assertEqual(self.cells([value]), [("inlineStr", '{"name": "M\xfcller"}')])
+        self.assertEqual(runs.csv_text(value), '{"name": "M\xfcller"}')
+        self.assertEqual(runs.csv_text(["\udc80", "\x1b"]), '["\\udc80", "\\u001b"]')
 
     def test_times_are_dates_and_durations_seconds(self):
         """Control: leave the names of the columns out."""

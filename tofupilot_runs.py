@@ -225,6 +225,7 @@ _ISO_DURATION = (r"(?a)P(?:(\d+)W|(?!.*W)(?=\d|T\d)(?:(\d+)Y)?(?:(\d+)M)?(?:(\d+
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _UTC = datetime.timezone.utc
 ENCODER = json.JSONEncoder(allow_nan=False)     # json.dumps would make one for each row
+READABLE_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 MAX_NESTING = 100           # brackets inside each other in a request
 
 
@@ -240,10 +241,7 @@ def printable(value, limit=None, keep=""):
     >>> printable("a\x1b[2Jb\n\u202ec")
     'a\\x1b[2Jb\\n\\u202ec'
     """
-    if isinstance(value, str):
-        text = value
-    else:
-        text = dump_json(value)
+    text = value if isinstance(value, str) else json_text(value)
     if limit and len(text) > limit:
         text = text[:limit] + "..."
     if text.isprintable():
@@ -337,6 +335,14 @@ def dump_json(value, indent=None):
         return json.dumps(value, indent=indent, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         return json.dumps(storable(value), indent=indent, allow_nan=False)
+
+
+def json_text(value):
+    r"""JSON for people, who want to read \u00fc as it is."""
+    try:
+        return READABLE_ENCODER.encode(value)
+    except (TypeError, ValueError, RecursionError):
+        return READABLE_ENCODER.encode(storable(value))
 
 
 def to_json(value):
@@ -939,6 +945,7 @@ def group(title, *fields):
 
 RUN_OUTCOMES = ("PASS", "FAIL", "ERROR", "TIMEOUT", "ABORTED")
 STEP_OUTCOMES = ("PASS", "FAIL", "UNSET")
+OPERATORS = (">=", "<=", ">", "<", "==", "!=", "in", "not in", "matches", "range")
 SOURCES = ("default", "shell", "dotenv", "process", "station", "procedure", "organization")
 
 LIST = Record(
@@ -1402,6 +1409,8 @@ def check_record(record, value, path, findings, begin=None):
         check_order_of_times(wire, prefix, findings)
     if record is MEASUREMENT:
         check_lengths(wire, prefix, findings)
+    if record is VALIDATOR:
+        warn_of_operator(wire, prefix, findings)
     return wire
 
 
@@ -1438,6 +1447,14 @@ def check_lengths(measurement, prefix, findings):
         if length not in (None, count):
             findings.problems.append(f"{prefix}y_axis[{number}].data: has {length} values, "
                                      f"x_axis has {count}")
+
+
+def warn_of_operator(validator, prefix, findings):
+    """The server takes any operator, and nobody can read what an unknown one means."""
+    operator = validator.get("operator")
+    if isinstance(operator, str) and operator not in OPERATORS:
+        known = " ".join(OPERATORS)
+        findings.warnings.append(f"{prefix}operator: {operator[:20]!r} is not one of {known}")
 
 
 def data_length(axis):
@@ -1530,6 +1547,46 @@ def check_create(body, problems):
             problems.append(f"secrets[{number}].value: never send the value of a secret")
 
 
+def warn_of_verdicts(body, warnings):
+    """Tells outcomes that are better than what they sum up: the server stores them as they are.
+
+    A phase that failed is excused by a later one of the same name: that is its retry.
+    """
+    failed = {}     # by name, the last try of each phase, where that failed
+    for number, phase in enumerate(body.get("phases", ())):
+        path = f"phases[{number}]"
+        outcome = phase["outcome"]
+        name = (phase["name"], phase.get("sequence_path"))
+        failed.pop(name, None)
+        if outcome in ("FAIL", "ERROR"):
+            failed[name] = f"{path}.outcome: {outcome}, and the run is PASS"
+        for place, measurement in enumerate(phase.get("measurements") or ()):
+            warn_of_measurement(measurement, f"{path}.measurements[{place}]", outcome, warnings)
+    if body["outcome"] == "PASS":
+        warnings += failed.values()
+
+
+def warn_of_measurement(measurement, path, phase_outcome, warnings):
+    """Tells a failure in what is PASS, and a text that has limits in numbers."""
+    outcome = measurement["outcome"]
+    if outcome == "FAIL" and phase_outcome == "PASS":
+        warnings.append(f"{path}.outcome: FAIL, and its phase is PASS")
+    limits = [
+        measurement.get("lower_limit"),
+        measurement.get("upper_limit"),
+    ]
+    for number, rule in enumerate(measurement.get("validators") or ()):
+        if rule.get("operator") in (">=", "<=", ">", "<"):
+            limits.append(rule.get("expected_value"))
+        is_failed = rule.get("outcome") == "FAIL"
+        if is_failed and outcome == "PASS" and rule.get("is_decisive") is not False:
+            where = f"{path}.validators[{number}]"
+            warnings.append(f"{where}.outcome: FAIL, and its measurement is PASS")
+    value = measurement.get("measured_value")
+    if isinstance(value, str) and any(map(is_number, limits)):
+        warnings.append(f"{path}.measured_value: is text, and its limits are numbers")
+
+
 def check_sequences(body, problems):
     """Each path stands once, its parent stands there too, and phases name paths that are there."""
     paths = set()
@@ -1560,6 +1617,7 @@ def examine(operation, values):
     wire = check_record(record, given, "", findings)
     if operation == "create" and not findings.problems:
         check_create(wire, findings.problems)
+        warn_of_verdicts(wire, findings.warnings)
     metadata = wire.get("metadata")
     if operation == "list" and isinstance(metadata, dict) and len(metadata) > 5:
         findings.problems.append("metadata: at most 5 keys can be asked for")
@@ -5030,6 +5088,7 @@ RUN_CSV_COLUMNS = """id outcome unit.serial_number unit.part.number unit.part.re
     duration created_by_station.name operated_by.name""".split()
 MEASUREMENT_COLUMNS = """run_id serial_number procedure started_at phase attempt name value units
     limits outcome""".split()
+OWN_OF_MEASUREMENTS = set(MEASUREMENT_COLUMNS) - {"procedure", "started_at", "outcome"}
 COLOURS = {"PASS": 32, "FAIL": 31, "ERROR": 35, "TIMEOUT": 35, "ABORTED": 33, "SKIP": 33,
            "UNSET": 33, "WARN": 33}
 LEAST_WIDTH = 8             # columns of a terminal that a shared column keeps
@@ -5072,6 +5131,7 @@ class Result:
         self.is_logged = False      # people have read it all in a log already
         self.report_lines = None    # for runs: a function of a run and the Screen
         self.has_runs = False       # whole runs, whose measurements are the rows of a spreadsheet
+        self.failed_only = False    # of those measurements the ones that failed
         self.is_single = False      # JSON: the object itself
 
     @classmethod
@@ -5260,14 +5320,31 @@ class Screen:
             self.put(map(dump_json, rows))
 
     def rows_of(self, result, with_points=False):
-        """Lists of the rows of the result; of runs those of their measurements, unless columns are
-        asked for."""
+        """Lists of the rows of the result; of runs those of their measurements, unless only columns
+        of runs are asked for.
+
+        A row of a measurement has the fields of its run too.
+        """
+        is_asked_for = not self.asked or not set(self.asked).isdisjoint(OWN_OF_MEASUREMENTS)
         for rows in result.windows:
-            if result.has_runs and not self.asked:
-                for run in rows:
-                    yield measurement_rows(run, with_points=with_points)
-            else:
+            if not result.has_runs or not is_asked_for:
                 yield rows
+                continue
+            for run in rows:
+                measurements = measurement_rows(run, with_points=with_points)
+                if result.failed_only:
+                    measurements = [row for row in measurements if row["outcome"] == "FAIL"]
+                yield [self.with_run(row, run) for row in measurements]
+
+    def with_run(self, row, run):
+        """The row of a measurement; with the fields of its run where columns are asked for."""
+        if not self.asked:
+            return row
+        merged = dict(run)
+        for name in row:
+            if name in self.asked:
+                merged[name] = row[name]
+        return merged
 
     def values(self, row):
         """The values of a row at the paths."""
@@ -5323,10 +5400,12 @@ class Screen:
         self.paths = [ColumnPath(column.path) for column in columns]
         table = [[printable(column.title) for column in columns]]
         widths = None
-        for rows in result.windows:
+        for rows in self.rows_of(result):
             for row in rows:
-                table.append([format_cell(value, path.path, self.tty)
-                              for value, path in zip(self.values(row), self.paths)])
+                cells = []
+                for value, path in zip(self.values(row), self.paths):
+                    cells.append(format_cell(value, path.path, self.tty))
+                table.append(cells)
             if self.tty and widths is None:
                 widths = column_widths(table, columns, self.width, keep_all=bool(self.asked))
             self.put(self.table_line(line, widths) for line in table)
@@ -5516,7 +5595,7 @@ def csv_text(value):
     if value is None:
         return ""
     if not isinstance(value, str):
-        return dump_json(value)
+        return printable(value)
     text = printable(value, keep="\t\n")
     if re.match("[\t\r\n]|\\s*[-=+@\uff1d\uff0b\uff0d\uff20]", value):
         try:
@@ -5722,7 +5801,7 @@ def text_cell(value, style=0):
     >>> text_cell("a<b")
     '<c s="0" t="inlineStr"><is><t xml:space="preserve">a&lt;b</t></is></c>'
     """
-    text = value if isinstance(value, str) else dump_json(value)
+    text = value if isinstance(value, str) else json_text(value)
     text = re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]",
                   lambda match: printable(match.group()), text)
     if len(text) > WORKBOOK_TEXT:
@@ -5942,34 +6021,49 @@ def measurement_lines(row, screen, width):
     aggregations, a line each."""
     series = only_dicts(row.get("data_series"))
     value = row.get("measured_value")
+    units = row.get("units")
+    text = ""
     if series:
         text = f"{series_length(row)} points"
-    elif value is None:
-        text = ""
-    else:
-        text = printable(dump_json(value), 60) + field_text(row, "units", " ")
+    elif value is not None:
+        text = printable(json_text(value), 60)
+        text += field_text(row, "units", " ")
     name = printable(row.get("name"))
     name += " " * (width - display_width(name))
-    outcome = screen.paint(truncate(printable(row.get("outcome")), 5))
-    limits = limits_text(row, row.get("units")) + failure_text(row)
-    lines = [f"  {outcome} {name}  {text:<15} {limits}".rstrip()]
-    lines += [" " * 10 + line for line in aggregation_lines(row)]
+    word = truncate(printable(row.get("outcome")), 5)
+    outcome = screen.paint(word)
+    limits = limits_text(row, units)
+    failure = failure_text(row)
+    lines = [f"  {outcome} {name}  {text:<15} {limits}{failure}".rstrip()]
+    indent = " " * 10
+    for line in aggregation_lines(row):
+        lines.append(indent + line)
     for part in series:
-        lines.append(f"{'':10}{series_text(part)}".rstrip())
-        lines += [" " * 12 + line for line in aggregation_lines(part)]
+        text = series_text(part)
+        lines.append(indent + text)
+        for line in aggregation_lines(part):
+            lines.append(f"{indent}  {line}")
     return lines
 
 
 def series_text(part):
     """Name and units of a series, its smallest, largest and last value, its limits."""
-    facts = [field_text(part, "name"), field_text(part, "units")]
+    facts = [
+        field_text(part, "name"),
+        field_text(part, "units"),
+    ]
     data = part.get("data")
-    numbers = list(filter(is_measurable, data)) if isinstance(data, list) else []
+    if not isinstance(data, list):
+        data = []
+    numbers = list(filter(is_measurable, data))
     if numbers:
-        smallest, largest, last = min(numbers), max(numbers), numbers[-1]
+        smallest = min(numbers)
+        largest = max(numbers)
+        last = numbers[-1]
         facts.append(f"min {smallest:.6g}  max {largest:.6g}  last {last:.6g}")
-    facts.append(limits_text(part, part.get("units")))
-    return "  ".join(filter(None, facts))
+    limits = limits_text(part, part.get("units"))
+    facts.append(limits)
+    return "  ".join(fact for fact in facts if fact)
 
 
 def aggregation_lines(source):
@@ -6039,7 +6133,7 @@ def failure_text(row):
         if limits and all(map(is_measurable, [value] + limits)):
             distances += [distance_to(item, value) for item in limits]
         else:
-            expected.append(printable(dump_json(limit), 60))
+            expected.append(printable(json_text(limit), 60))
     if distances:
         distance, direction = min(distances)
         if distance:
@@ -6461,7 +6555,9 @@ def run_ls(call):
         raise NotFound("no run matches")
     told_pages = tell_pages(call, first_page, pages, wants_all)
     if not call.get("summary"):
-        return Result.pages(told_pages, RUN_COLUMNS)
+        more = [name for name in ("metadata", "sequences") if filters.get("include_" + name)]
+        columns = [Column(name.upper(), name, 4, "shared") for name in more]
+        return Result.pages(told_pages, [*RUN_COLUMNS, *columns], RUN_CSV_COLUMNS + more)
     document, lines = summarize(run for rows, _ in told_pages for run in rows)
     return Result.text(document, lines, ids=(), rows=document["procedures"])
 
@@ -6508,6 +6604,7 @@ def run_get(call):
     result = Result.runs(reader.runs(), reader.lines, single=is_single,
                          exit_code=reader.exit_code)
     reader.result = result
+    result.failed_only = bool(call.get("failed_only"))
     return result
 
 
@@ -6826,11 +6923,13 @@ def run_rm(call):
     wire = call.arguments.wire("delete")
     ids = list(dict.fromkeys(wire["ids"]))
     client = call.client()
-    ask(call, f"Delete {counted(len(ids), 'run')}?")
+    runs = counted(len(ids), "run")
+    ask(call, f"Delete {runs}?")
     answer = client.delete(ids)
     deleted = [printable(id) for id in answer["id"]]
     missing = [id for id in ids if id not in set(deleted)]
-    lines = [f"Deleted {counted(len(deleted), 'run')}"]
+    runs = counted(len(deleted), "run")
+    lines = [f"Deleted {runs}"]
     lines += ["  " + id for id in deleted]
     if missing:
         lines.append(f"Not there: {len(missing)}")
