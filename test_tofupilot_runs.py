@@ -5079,6 +5079,25 @@ class StationCheck(Case):
             self.assertEqual(self.fails(status, "check", *ONCE, env=env).out.count("FAIL"),
                              len(found))
 
+    def test_a_key_file_that_cannot_be_used_is_told_on_its_line_and_the_others_go_on(self):
+        """Control: let the file be read before the first line."""
+        os.chmod(self.file("key", self.box.user_key.encode()), 0o644)
+        found = self.faults(3, "--api-key-file", self.at("none"))
+        self.assertEqual(list(found), ["key"])
+        self.assertIn(self.at("none"), found["key"][0])
+        self.assertEqual(self.sent(), [])       # another key would prove nothing
+        if POSIX:
+            found = self.faults(3, "--api-key-file", "key")
+            self.assertIn("other users", found["key"][0])
+            self.assertEqual(len(self.sent()), 1)
+
+    def test_each_line_holds_its_facts_apart(self):
+        """Control: join the lines of a message with spaces."""
+        ran = self.fails(6, "check", *ONCE, "--url", CLOSED)
+        self.assertRegex(ran.out, "cannot reach 127.0.0.1:1: .*; proxy: none\n      Fix: check .*--url")
+        ran = self.fails(3, "check", env={"TOFUPILOT_API_KEY": ""})
+        self.assertRegex(ran.out, "Fix: .*=<key>\n      cron|Fix: .*=<key>\n      the Task")
+
     def test_a_clock_that_is_wrong_is_told(self):
         """Control: compare nothing, or the wrong way round."""
         for shift, word in ((-3600, "ahead of"), (3600, "behind")):

@@ -2405,7 +2405,7 @@ class Transport:
     def reason_of(self, exchange, error):
         """(why an exchange failed, what to do about it, whether another try may help)."""
         import socket
-        later = "nothing was sent; run the same command again later"
+        later = "check the name in --url and the network; nothing was sent: run it again later"
         if exchange.late:
             return f"no complete answer within {exchange.budget:.0f} s", later, True
         text = self.mask(str(error))        # before it is cut anywhere
@@ -6943,9 +6943,15 @@ class Station:
 
     def __init__(self, call):
         self.call = call
-        self.client = call.client()
         self.warnings = []
-        self.client.notify = self.warnings.append
+        call.console.warn = self.warnings.append
+        self.key_fault = None
+        try:
+            self.client = call.client()
+        except AccessDenied as error:
+            self.key_fault = error
+            del call.arguments.flags["api_key_file"]
+            self.client = call.client()
 
     def steps(self):
         """(name, function) of each line."""
@@ -6980,6 +6986,8 @@ class Station:
             return named_origin(self.call.get("url"), self.client.allow_http) or CLOUD
 
     def key(self):
+        if self.key_fault:
+            raise self.key_fault
         login = self.client.login
         if not login.key:
             raise no_key()
@@ -7045,6 +7053,8 @@ class Station:
         return f"{time.strftime('%Z')}, {time.strftime('%z')} now"
 
     def identity(self):
+        if self.key_fault:
+            raise self.key_fault
         try:
             found = self.client.whoami()
         except NotFound as error:
@@ -7081,12 +7091,18 @@ def run_check(call):
             exit_code = exit_code or failure.exit_code
         if error and text in [row["text"] for row in rows]:
             continue        # told already
-        rows.append({"name": name, "ok": error is None, "text": text,
-                     "error": error.as_json() if error else None})
-        one_line = " ".join(text.split())
+        rows.append({
+            "name": name,
+            "ok": error is None,
+            "text": text,
+            "error": error.as_json() if error else None,
+        })
+        one_line = re.sub(r"(\w)\n", r"\1; ", text).replace("\n", " ")
         lines.append(f"{mark}  {name:<9} {one_line}")
-        if error and error.hint:
-            lines.append("      Fix: " + " ".join(error.hint.split()))
+        before = "Fix: "
+        for hint in error.hint.splitlines() if error else ():
+            lines.append(f"      {before}{hint}")
+            before = ""
     return Result.text({"data": rows}, lines, ids=(), rows=rows, exit_code=exit_code)
 
 
