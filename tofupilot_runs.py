@@ -479,6 +479,8 @@ def parse_when(text, now):
             return (now - datetime.timedelta(seconds=length)).isoformat(timespec="milliseconds")
         except OverflowError:
             raise ValueError(f"{text} ago is before the year 1") from None
+    require(not re.fullmatch(_AGO, word[1:]) or word[0] != "-",
+            f"{word[1:]} means that long ago already: leave the minus out")
     try:
         return parse_time(text)
     except ValueError as error:
@@ -978,9 +980,10 @@ LIST = Record(
         "when",
         Field("duration_min", "duration", "at least this long: 90s, 1h30m or PT1M30S", "90s"),
         Field("duration_max", "duration", "at most this long", "5m"),
-        Field("started_after", "when", "started at or after: ISO 8601, a date, today, yesterday, "
-              "24h (ago), now", "24h"),
-        Field("started_before", "when", "started at or before", "2026-05-19"),
+        Field("started_after", "when", "started at or after: ISO 8601, 24h (ago), now; a date, "
+              "today and yesterday are their 00:00", "yesterday"),
+        Field("started_before", "when", "started at or before: a date leaves that day out",
+              "today"),
         Field("ended_after", "when", "ended at or after", "2026-05-19T08:00:00+02:00"),
         Field("ended_before", "when", "ended at or before", "2026-05-19T16:00"),
         Field("created_after", "when", "stored on the server at or after", "7d"),
@@ -1171,7 +1174,7 @@ GLOBAL = Record(
         Field("format", "enum", "form of the output; xlsx is a workbook", "csv", FORMATS),
         Field("columns", "text", "fields to show, as dotted paths", "id,unit.serial_number"),
         Field("out", "path", "write to a file, which is replaced at the end only", "runs.csv"),
-        Field("q", "flag", "IDs only; errors are still told"),
+        Field("q", "flag", "IDs only, whatever the format; errors are still told"),
         Field("v", "flag", "a line for each request on stderr"),
         Field("dry_run", "flag", "print the requests, send nothing"),
     ),
@@ -1261,6 +1264,7 @@ USUAL_WORDS = {
     "--search": "--search-query", "--output": "--out", "-o": "--out", "-L": "--limit",
     "-n": "--limit", "-f": "--format", "-j": "--json", "-h": "--help", "--quiet": "-q",
     "--verbose": "-v", "--sort": "--sort-by", "--order": "--sort-order", "--phase": "--phases",
+    "--failed": "--outcome", "--fail": "--outcome", "--failures": "--outcome",
 }
 
 
@@ -3224,6 +3228,7 @@ class Client:
                     error.hint = "a station key deletes nothing: use a user key"
                 raise
         if missing and not gone:
+            missing.hint = "copy whole IDs, ls -q prints them; what was deleted is gone"
             raise missing
         return {"id": gone}
 
@@ -3437,7 +3442,7 @@ def no_such_id(operation, wire, error):
                      "copy the whole ID; ls -q prints bare IDs", error.status, error.code,
                      error.issues, error.reason)
     if len(id) != 36:
-        found.with_note(f"this ID has {len(id)} characters, IDs have 36")
+        found.with_note(f"this ID has {counted(len(id), 'character')}, IDs have 36")
         found.hint += "\nis it a serial number? get --serial-number shows its newest run"
     found.after_unanswered_try = getattr(error, "after_unanswered_try", False)
     return found
@@ -3696,6 +3701,9 @@ class Queue:
                 flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
                 os.close(os.open(self.real_path, flags, 0o600))
         info = os.stat(self.real_path)
+        if stat.S_ISDIR(info.st_mode):
+            raise self.unusable("it is a folder", "name a file in it, such as --queue "
+                                + os.path.join(self.path, "line3.queue"))
         if not stat.S_ISREG(info.st_mode):
             raise self.unusable("it is not a regular file")
         if info.st_nlink > 1:
@@ -6352,7 +6360,8 @@ class Arguments:
         """Adds what arrived, and how JSON survives a shell, to an error about JSON in a word."""
         got = f"got: {printable(word, 60)}"
         if word[:1] in ("{", "[") and '"' not in word:
-            got += "     (the shell removed the double quotes)"
+            why = "JSON has double quotes" if "'" in word else "the shell removed the double quotes"
+            got += f"     ({why})"
         hint = f"put the JSON in a file: {flag_name(name)} @FILE"
         if name == "metadata" and "set" in self.fields:
             hint = "--set key=value, or " + hint
@@ -6403,7 +6412,8 @@ class Arguments:
         for word in self.flags.get("set") or ():
             key, equals, text = word.partition("=")
             if not key or not equals:
-                raise BadInput("--set: give key=value", "such as --set shift=A --set temp=23.4")
+                raise BadInput(f"--set: {printable(word, 60)!r} is not key=value",
+                               "without spaces, such as --set shift=A note='second try'")
             changes[key] = parse_word(text)
         for key in self.flags.get("unset") or ():
             given = self.flags.get("metadata") and key in values["metadata"]
@@ -6721,8 +6731,12 @@ def read_moving_times(values):
         if not isinstance(value, str) or not is_relative_time(value):
             continue
         if not values.get("client_run_ref"):
-            raise BadInput(f"{flag_name(name)}: {value} would make each repetition another run",
-                           "give the whole time, or a --client-run-ref of your own")
+            why = "would make each repetition another run"
+            if re.fullmatch(_DATE, value.strip()):
+                why = "has no time of day"
+            raise BadInput(f"{flag_name(name)}: {value} {why}",
+                           "give the whole time, such as 2026-05-19T08:00:00, or a "
+                           "--client-run-ref of your own")
         values[name] = parse_when(value, now)
 
 
@@ -6862,7 +6876,7 @@ def run_update_metadata(call):
     if set_keys:
         done.append("set " + ", ".join(set_keys))
     if removed_keys:
-        done.append("removed " + ", ".join(removed_keys))
+        done.append("unset " + ", ".join(removed_keys))
     changes = "; ".join(done)
     return Result.text(answer, [f"Updated metadata of run {answer['id']}: {changes}"])
 
@@ -7642,16 +7656,17 @@ class Command:
     """A command: the function that runs it, its flags, and its help.
 
     `words` says in the usage line what it takes besides flags; `word_field` is the field that plain
-    words stand for, where they are no REFs or files.
+    words stand for, where they are no REFs or files; `columns` says what --columns may name.
     """
 
-    def __init__(self, run, sentence, fields, examples=(), words="", word_field=None):
+    def __init__(self, run, sentence, fields, examples=(), words="", word_field=None, columns=""):
         self.run = run
         self.sentence = sentence
         self.fields = fields
         self.examples = examples
         self.words = words
         self.word_field = word_field
+        self.columns = columns
 
 
 COMMANDS = {
@@ -7669,7 +7684,8 @@ COMMANDS = {
         ["--procedure-ids proc_abc --outcomes PASS --limit 50",
          "--started-after yesterday --outcomes FAIL --all --format xlsx --out failures.xlsx",
          "--serial-numbers SN-0001 --fail-empty -q",
-         "--started-after 7d --summary"]),
+         "--started-after 7d --summary"],
+        columns=" ".join(RUN_CSV_COLUMNS) + " metadata.KEY"),
     "get": Command(
         run_get, "Show runs: verdict, phases, measurements, files.",
         group(
@@ -7686,7 +7702,8 @@ COMMANDS = {
         ),
         ["run_abc123", "--serial-number SN-0001 --failed-only --logs",
          "run_abc123 --download evidence", "--ids @ids.txt --format xlsx --out m.xlsx"],
-        "ID ...", "ids"),
+        "ID ...", "ids",
+        columns=" ".join(MEASUREMENT_COLUMNS) + " for a row for each measurement; or those of ls"),
     "create": Command(
         run_create, "Create a run. The same command again is the same run.",
         REQUEST + group("content", Field(
@@ -7763,7 +7780,7 @@ TELL_EMPTY = ("id", "serial", "identifier", "enum")     # kinds whose check name
 METAVARS = {"id": "ID", "duration": "DURATION", "time": "TIME", "when": "TIME", "seconds": "S",
             "record": "JSON", "metadata": "JSON", "object": "JSON", "integer": "N", "limit": "N",
             "count": "N", "page": "N", "path": "FILE", "boolean": "true|false"}
-NAMED_METAVARS = {"body": "JSON", "set": "KEY=VALUE", "unset": "KEY"}
+NAMED_METAVARS = {"body": "JSON", "set": "KEY=VALUE", "unset": "KEY", "download": "FOLDER"}
 
 EXIT_STATUS = """\
   0  done, or stored in the queue       4  not found
@@ -7888,6 +7905,8 @@ class Parser(argparse.ArgumentParser):
             self.usage = usage_of(self.path)
             self.description = "\n".join([command.sentence, ""] + examples)
             self.epilog = json_examples(command.fields)
+            if command.columns:
+                self.epilog += wrapped(f"--columns: {command.columns}") + "\n\n"
             self.epilog += wrapped(f"every command: {names}") + f"\n{PROG} --help explains these."
             return super().format_help()
         if not self.path:
@@ -7919,6 +7938,8 @@ class Parser(argparse.ArgumentParser):
         hint = f"see {self.prog} --help"
         if "expected" in message:
             hint += "; a value that begins with - needs = before it"
+        if re.search("-(after|before): expected", message):
+            hint = "such as 7d (that long ago, without a minus), today or 2026-05-19T08:00:00Z"
         raise BadInput(message.replace("argument ", "", 1), hint)
 
 
@@ -8014,6 +8035,7 @@ def parse(argv):
     if not command:
         names = inner_commands(family)
         raise BadInput("a command is missing", "one of: " + ", ".join(names))
+    refuse_columns_apart(command, found, words, argv)
     for field in fields:
         if field.name in found and field.many and not field.record:
             found[field.name] = [word for words_given in found[field.name] for word in words_given]
@@ -8058,7 +8080,33 @@ def refuse_unknown_flags(path, fields, words, argv):
         if meant:
             example = f"{path} {meant} {known[meant].example}".strip()
             hint = f"did you mean {meant}? Example: {example}"
+        is_singular_known = word[:-1] in known
+        if path in ("get", "rm") and word in filters_of_ls() and not is_singular_known:
+            hint = (f"{path} takes IDs, and ls finds them: {PROG} ls {word} ... -q > ids.txt,\n"
+                    f"then {PROG} {path} --ids @ids.txt")
         raise BadInput(f"unknown option {printable(word, 60)}", hint)
+
+
+def filters_of_ls():
+    """The flags that say which runs ls lists."""
+    own = [field for field in COMMANDS["ls"].fields if field.group != "output"]
+    return [flag_name(field.name) for field in own]
+
+
+def refuse_columns_apart(command, found, words, argv):
+    """--columns takes one word: a further one that names a column is no ID."""
+    if not words or "--columns" not in argv:
+        return
+    after = argv[argv.index("--columns") + 2:]
+    if not after or after[0] not in words:
+        return
+    word = after[0].strip(",")
+    is_column = "." in word or word in RUN_CSV_COLUMNS + MEASUREMENT_COLUMNS
+    if is_column or not command.words:
+        columns = [found["columns"]] + words[words.index(after[0]):]
+        together = ",".join(column.strip(",") for column in columns)
+        raise BadInput(f"--columns: {printable(word, 60)} stands apart",
+                       f"commas and no spaces: --columns {printable(together, 300)}")
 
 
 def take_words(command, found, words):
