@@ -5398,7 +5398,7 @@ class WrongCommandLines(Case):
         """Control: tell the rights and the room on the disk."""
         os.mkdir("folder")
         error = self.fails(6, "queue", "ls", "--queue", "folder").err
-        self.assertIn("--queue " + os.path.join("folder", "line3.queue"), error)
+        self.assertIn("--queue " + self.at("folder", "line3.queue"), error)
 
     def test_a_word_too_many_is_refused(self):
         """queue send FILE would send another queue."""
