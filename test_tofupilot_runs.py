@@ -8677,8 +8677,26 @@ class ContentOfRuns(QueueCase):
         self.assertIsNotNone(document["id"])
         self.intact(A={"a.txt": b"content\n"})
         ran = self.keep("B", "--attach", "missing.txt", status=5)
-        self.assertIn("missing.txt was left out", ran.err)
+        self.assertRegex(ran.err, "missing.txt was left out.*\nFix: the same command again")
         self.assertEqual(self.entry("B")["state"], "waiting")
+
+    def test_queue_ls_names_the_files_that_were_left_out_until_they_are_there(self):
+        """Control: tell them once, when nobody looks."""
+        words = ("B", "--attach", "foto.png", "missing.txt")
+        self.keep(*words, status=5)
+        self.when("B", "status", status=500)
+        self.inside("queue", "send")
+        self.calm()
+        row, = self.ok("queue", "ls", "--json").json["data"]
+        self.assertRegex(row["error"], "^without foto.png, missing.txt; the server answered 500")
+        self.assertIn("without foto.png", self.ok("queue", "get", row["client_run_ref"]).out)
+        self.file("foto.png")
+        self.file("missing.txt")
+        self.keep(*words)
+        row, = self.ok("queue", "ls", "--json").json["data"]
+        self.assertRegex(row["error"], "^the server answered 500")
+        runs.store(dict(BODY, serial_number="C"), ["none.log"])
+        self.assertIn("without none.log", self.ok("queue", "ls").out)
 
     def test_a_log_that_grows_goes_up_with_the_bytes_it_had(self):
         for serial, size in (("small", 1000), ("large", 3 << 20)):
@@ -9345,7 +9363,7 @@ class QueueAnswers(QueueCase):
         odd = ("units = 'x'", "units = NULL", "units = '[[]]'", "tries = 'x'", "stored_at = 'x'",
                "stored_at = NULL", "failed_at = 'x'", "next_try_at = 'x'", "tried_at = 'x'",
                "origin = ''", "server = 'x'", "suspect = 'x'", "serial_number = NULL",
-               "outcome = NULL", "error = x'00'")
+               "outcome = NULL", "error = x'00'", "left_out = x'00'")
         for number, change in enumerate(odd):
             self.use(self.box, f"q{number}")
             self.offline(f"a{number}", "BAD", f"b{number}")

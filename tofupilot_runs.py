@@ -3598,8 +3598,8 @@ def lower_text(value):
 # was named when it was stored, origin the one that it was begun at; target where a move goes, hop
 # the token of that move, came the token of the move that brought it here; suspect how often it
 # failed where others were sent, or the storage refused it; status the HTTP status of the last
-# failure; ended_at when it became a receipt. The table received has the
-# tokens of all moves that arrived: none arrives twice.
+# failure; left_out the names of files that could not be read when it was stored; ended_at when it
+# became a receipt. The table received has the tokens of all moves that arrived: none arrives twice.
 
 APPLICATION_ID = 0x54465251     # "TFRQ" in the file's header
 SCHEMA_VERSION = 1
@@ -3625,7 +3625,8 @@ CREATE TABLE file (id INTEGER PRIMARY KEY AUTOINCREMENT, entry INTEGER, name TEX
     sha256 TEXT, upload_id TEXT, done INTEGER DEFAULT 0);
 CREATE INDEX file_by_entry ON file (entry);
 CREATE TABLE chunk (file INTEGER, part INTEGER, data BLOB, PRIMARY KEY (file, part))"""
-ADDED_COLUMNS = {"server": "TEXT", "suspect": "INTEGER DEFAULT 0", "status": "INTEGER"}  # in 1.1.0
+ADDED_COLUMNS = {"server": "TEXT", "suspect": "INTEGER DEFAULT 0", "status": "INTEGER",
+                 "left_out": "TEXT"}    # in 1.1.0
 RECEIVED = "CREATE TABLE received (token TEXT PRIMARY KEY, at REAL)"    # since 1.1.0
 OPEN = ("waiting", "parked")            # states of what is still to be sent
 ENDED = ("sent", "moved", "fixed")      # states of receipts
@@ -3836,6 +3837,14 @@ class Queue:
         """Sets columns of an entry."""
         names = ", ".join(f"{name} = ?" for name in values)
         self.sql(f"UPDATE entry SET {names} WHERE id = ?", *values.values(), number)
+
+    def remember_left_out(self, entry, left_out):
+        """Keeps the names of the files that could not be read. The run is stored in any case."""
+        names = ", ".join(name for name, _ in left_out)
+        names = storable_text(names) or None
+        if names != entry["left_out"]:
+            with contextlib.suppress(Unavailable):
+                self.change(entry["id"], left_out=names)
 
     def settle(self, entry, **values):
         """Sets columns of an entry that waits, unless it was corrected since it was read."""
@@ -5031,7 +5040,8 @@ def store(body: dict, files=(), queue: str = None, url: str = None) -> dict:
     server = named_server(url, allow_http=True, warn=ignore)
     with Queue(queue or default_queue()) as queue_file:
         stored = queue_file.store(storable_request(wire), opened, server, problems)
-    left_out = unreadable + stored.left_out
+        left_out = unreadable + stored.left_out
+        queue_file.remember_left_out(stored.entry, left_out)
     problems = problems + left_out_problems(left_out)
     entry = stored.entry
     return {"client_run_ref": entry["ref"], "state": entry["state"], "problems": problems}
@@ -7176,6 +7186,7 @@ def create_queued(call, wire, findings):
         except Unavailable as error:
             return create_unqueued(call, wire, findings, error)
         left_out = unreadable + stored.left_out
+        queue.remember_left_out(stored.entry, left_out)
         is_parked = stored.entry["state"] == "parked"
         problems = findings.problems if is_parked else []
         call.queued_exit_code = 5 if is_parked or left_out else 0
@@ -7250,6 +7261,8 @@ def queued_result(call, queue, stored, entry, wire, trouble):
 def tell_left_out(call, left_out):
     for name, reason in left_out:
         call.console.warn(f"{printable(name)} was left out: {reason}")
+    if left_out:
+        call.console.note("Fix: the same command again adds a file, once it can be read")
 
 
 def tell_parked(call, entry, problems):
@@ -7316,6 +7329,11 @@ def refuse_dry_run(call):
 
 def entry_json(entry):
     """An entry as queue ls shows it."""
+    error = entry["error"]
+    if entry["left_out"]:
+        error = f"without {entry['left_out']}"
+        if entry["error"]:
+            error += f"; {entry['error']}"
     return {
         "client_run_ref": entry["ref"],
         "state": entry["state"],
@@ -7325,7 +7343,7 @@ def entry_json(entry):
         "stored_at": utc_from_epoch(entry["stored_at"]),
         "tries": entry["tries"],
         "next_try_at": utc_from_epoch(entry["next_try_at"] or None),
-        "error": entry["error"],
+        "error": error,
         "run_id": entry["run_id"],
         "attachments": entry["files"],
     }
@@ -7431,7 +7449,8 @@ def run_queue_fix(call):
         values["state"] = "parked" if findings.problems else "waiting"
         files, unreadable = open_files(attached_paths(call))
         stored = queue.correct(entry, values, files)
-    left_out = unreadable + stored.left_out
+        left_out = unreadable + stored.left_out
+        queue.remember_left_out(stored.entry, left_out)
     tell_left_out(call, left_out)
     ref = stored.entry["ref"]
     state = stored.entry["state"]
