@@ -7745,6 +7745,22 @@ class Screens(unittest.TestCase):
             self.assertLess(max(map(len, lines)), width)
         self.assertIn("STATION", on_terminal(paged(screen_row()), 200))
 
+    def test_why_an_entry_waits_is_whole_below_it_on_a_terminal_of_any_width(self):
+        """Control: give ERROR a column like the others, which is cut or dropped."""
+        reason = "phases[0].outcome: is empty; use one of PASS FAIL ERROR SKIP"
+        row = {"client_run_ref": "3e1f7d020000", "state": "parked", "outcome": "PASS",
+               "serial_number": "SN-0001", "tries": 0, "error": reason}
+        rows = [row, dict(row, error=None)]
+        for width in (40, 80, 200):
+            result = runs.Result.table({}, rows, runs.QUEUE_COLUMNS)
+            header, first, why, second = on_terminal(result, width).splitlines()
+            self.assertIn("SN-0001", second)
+            self.assertEqual(why, "  " + reason)
+        text = written(runs.Result.table({}, rows, runs.QUEUE_COLUMNS))
+        header, first, second = text.splitlines()
+        self.assertEqual(header.split("\t")[-1], "ERROR")
+        self.assertEqual(first.split("\t")[-1], reason)
+
     def test_columns_that_are_asked_for_are_never_dropped(self):
         """Control: leave keep_all out."""
         text = on_terminal(paged(screen_row()), 20, columns="id,outcome,duration")

@@ -5084,7 +5084,7 @@ Column.__doc__ = """A column of a table. `path` is the dotted path of its value.
 
 Where a terminal has too little room the column of the least `importance` goes first; of equal
 ones the last. `kind`: "fixed" is never cut, "shared" gets a share of the room, "extra" is shown
-only where nothing has to be cut for it.
+only where nothing has to be cut for it, "below" has a line of its own below the row.
 """
 RUN_COLUMNS = (Column("ID", "id", 3, "fixed"), Column("OUTCOME", "outcome", 5, "fixed"),
                Column("SERIAL", "unit.serial_number", 4, "shared"),
@@ -5094,10 +5094,10 @@ RUN_COLUMNS = (Column("ID", "id", 3, "fixed"), Column("OUTCOME", "outcome", 5, "
                Column("DURATION", "duration", 0, "extra"),
                Column("STATION", "created_by_station.name", 0, "extra"))
 QUEUE_COLUMNS = (Column("REF", "client_run_ref", 6, "fixed"), Column("STATE", "state", 5, "fixed"),
-                 Column("OUTCOME", "outcome", 4, "fixed"),
-                 Column("SERIAL", "serial_number", 3, "shared"),
+                 Column("OUTCOME", "outcome", 3, "fixed"),
+                 Column("SERIAL", "serial_number", 4, "shared"),
                  Column("STORED", "stored_at", 1, "fixed"), Column("TRIES", "tries", 0, "fixed"),
-                 Column("ERROR", "error", 2, "shared"))
+                 Column("ERROR", "error", 2, "below"))
 RUN_ID_COLUMN = Column("RUN", "run_id", 5, "fixed")
 RECEIPT_COLUMNS = QUEUE_COLUMNS[:2] + (RUN_ID_COLUMN,) + QUEUE_COLUMNS[2:]
 SENT_COLUMNS = ("client_run_ref", "id")
@@ -5413,10 +5413,12 @@ class Screen:
 
     def write_table(self, result, columns):
         """A table fitted to the terminal, from the first rows on; tabs between in a pipe."""
-        if not self.tty:
-            columns = [column for column in columns if column.kind != "extra"]
+        below = [column.path for column in columns if column.kind == "below" and self.tty]
+        left_out = "below" if self.tty else "extra"
+        columns = [column for column in columns if column.kind != left_out]
         self.paths = [ColumnPath(column.path) for column in columns]
         table = [[printable(column.title) for column in columns]]
+        notes = [[]]            # for each line of the table what stands below it
         widths = None
         for rows in self.rows_of(result):
             for row in rows:
@@ -5424,10 +5426,16 @@ class Screen:
                 for value, path in zip(self.values(row), self.paths):
                     cells.append(format_cell(value, path.path, self.tty))
                 table.append(cells)
+                values = [row.get(path) for path in below]
+                notes.append(["  " + printable(value, 500) for value in values if value])
             if self.tty and widths is None:
                 widths = column_widths(table, columns, self.width, keep_all=bool(self.asked))
-            self.put(self.table_line(line, widths) for line in table)
-            table = []
+            lines = []
+            for cells, texts in zip(table, notes):
+                lines.append(self.table_line(cells, widths))
+                lines += texts
+            self.put(lines)
+            table, notes = [], []
         self.put("\t".join(line) for line in table)     # no rows at all
 
     def table_line(self, line, widths):
