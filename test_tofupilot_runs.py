@@ -7784,6 +7784,12 @@ class Screens(unittest.TestCase):
             self.assertEqual(told, ["--columns: unit.serial_numbr is in none of the rows; "
                                     "did you mean unit.serial_number?"])
 
+    def test_quiet_means_ids_in_every_format(self):
+        """Control: let a format win."""
+        for format in runs.FORMATS:
+            text = written(paged(screen_row()), format=format, quiet=True)
+            self.assertEqual(text, screen_row()["id"] + "\n", format)
+
     def test_json_is_closed_properly_when_a_page_fails(self):
         """Control: leave the finally out."""
         def pages():
