@@ -1208,10 +1208,11 @@ REQUEST = CREATE.fields + SET + group(
 
 def optional(fields):
     """The same fields, none of which must be given."""
-    import copy
-    copies = [copy.copy(field) for field in fields]
-    for field in copies:
-        field.required = False
+    copies = []
+    for field in fields:
+        same = Field.__new__(Field)     # the copy module would be loaded at each start for this
+        vars(same).update(vars(field), required=False)
+        copies.append(same)
     return tuple(copies)
 
 
@@ -7897,21 +7898,21 @@ def metavar(field):
 class Parser(argparse.ArgumentParser):
     """The parser of a command, or of a word before others.
 
-    Its flags, or the commands below it, are added when it is called: only what the command line
-    needs is made. What is wrong is raised.
+    It is made when it is called, with its flags or the commands below it: only what the command
+    line needs. What is wrong is raised.
     """
 
     def __init__(self, path="", **_):       # argparse offers a prog of its own, 3.14 a color
+        self.path = path
+
+    def parse_known_args(self, args=None, namespace=None):
         def form(prog):
             width = min(100, terminal_width()) - 1
             return argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width)
-        super().__init__(f"{PROG} {path}".rstrip(), add_help=False,
+        super().__init__(f"{PROG} {self.path}".rstrip(), add_help=False,
                          formatter_class=form, argument_default=argparse.SUPPRESS)
-        self.path = path
         self.color = False
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-
-    def parse_known_args(self, args=None, namespace=None):
         command = COMMANDS.get(self.path)
         if command:
             self.set_defaults(entry=self.path)
