@@ -650,6 +650,20 @@ def sha256_of(blocks):
     return found.hexdigest()
 
 
+def sha256_of_text(text):
+    """The SHA-256 of an ASCII text, in hexadecimal.
+
+    hashlib loads OpenSSL, which takes 3 ms. For a short text Python's own implementation will do,
+    which random.py takes for the same reason. Some systems leave it out.
+    """
+    data = text.encode("ascii")
+    name = "_sha2" if sys.version_info >= (3, 12) else "_sha256"
+    if len(data) <= BLOCK:
+        with contextlib.suppress(ImportError):
+            return __import__(name).sha256(data).hexdigest()
+    return sha256_of([data])
+
+
 def parse_word(text):
     """The value of `--set key=value`: what JSON writes just so (12, true, null, "1"), else text.
 
@@ -1674,7 +1688,7 @@ def run_ref(body):
     content = {key: item for key, item in body.items() if key != "client_run_ref"}
     content = with_utc_times(content, CREATE)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return sha256_of([text.encode("ascii")])
+    return sha256_of_text(text)
 
 
 def with_utc_times(value, record):
