@@ -3767,7 +3767,6 @@ class Queue:
         # A byte that was damaged must not stop what is behind it: the checksums find it.
         self.connection.text_factory = lambda data: data.decode("utf-8", "replace")
         if is_new:      # before anything else: later it is ignored without a word
-            self.sql("PRAGMA page_size = 16384")
             self.sql("PRAGMA auto_vacuum = INCREMENTAL")
         is_modern = self.sqlite3.sqlite_version_info >= (3, 12)     # before, EXTRA means NORMAL
         self.sql("PRAGMA synchronous = " + ("EXTRA" if is_modern else "FULL"))
@@ -4022,8 +4021,6 @@ class Queue:
         self.drop_half_stored()
         with Stage(self, files) as stage:
             while True:
-                old = self.by_ref(values["ref"])
-                stage.hash_large(old and self.latest(old))
                 with self.transaction():
                     there, stored = self.enter(values, stage, token)
                 if stored:
@@ -4228,9 +4225,9 @@ class Queue:
         self.release_room()
 
     def release_room(self):
-        for _ in range(0, self.sql("PRAGMA freelist_count")[0][0], 1000):
+        for _ in range(0, self.sql("PRAGMA freelist_count")[0][0], 4000):
             try:        # execute() would free one page: only executescript() goes on to the end
-                self.connection.executescript("PRAGMA incremental_vacuum(1000)")
+                self.connection.executescript("PRAGMA incremental_vacuum(4000)")
             except self.sqlite3.Error:
                 return      # another process is at work: the next pass does it
 
