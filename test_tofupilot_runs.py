@@ -8968,9 +8968,9 @@ class ServersOfRuns(QueueCase):
         for one, other in (("https://Line.Example:443/api/", "https://line.example"),
                            ("http://LOCALHOST:80", "http://localhost"),
                            ("http://[::1]:8787", "http://[::1]:8787/api")):
-            self.assertEqual(runs.server_name(one), runs.server_name(other))
-        self.assertNotEqual(runs.server_name("https://a.example:444"),
-                            runs.server_name("https://a.example"))
+            self.assertEqual(runs.normal_url(one), runs.normal_url(other))
+        self.assertNotEqual(runs.normal_url("https://a.example:444"),
+                            runs.normal_url("https://a.example"))
         named = self.box.url.replace("127.0.0.1", "LOCALHOST") + "/api/"
         self.keep("A", "--url", named)
         self.send(0, "--url", named.lower())
@@ -9087,14 +9087,14 @@ class QueueAnswers(QueueCase):
             ("AccessDenied", 401, 0, 0, 0),
             ("Unavailable", 429, 2, 0, 60),
             ("Unavailable", 503, 0, 0, 15),
-            ("StorageRefused", 503, 0, 0, 15)),
+            ("FileFailed", 503, 0, 0, 15)),
         ("waiting", "count", False): (
             ("AccessDenied", 403, 9, 3600, 3600),),
         ("waiting", "count", True): (
             ("Unavailable", None, 5, 0, 480),
             ("Unavailable", 500, 30, 0, 3600),
             ("Unavailable", 502, 3, 0, 120),
-            ("StorageRefused", 500, 0, 0, 15),
+            ("FileFailed", 500, 0, 0, 15),
             ("NotTheAPI", 200, 0, 0, 15),
             ("NotTheAPI", 302, 0, 0, 15),
             ("NotTheAPI", 403, 0, 0, 15),
@@ -9102,7 +9102,7 @@ class QueueAnswers(QueueCase):
         ("waiting", "go on", False): (
             ("Unavailable", 408, 1, 0, 30),
             ("Unavailable", 425, 1, 0, 30),
-            ("StorageRefused", 403, 99, 0, 3600)),
+            ("FileFailed", 403, 99, 0, 3600)),
         ("parked", "go on", False): (
             ("Refused", 409, 0, 0, 0),
             ("Refused", 413, 0, 0, 0),
@@ -9138,11 +9138,17 @@ class QueueAnswers(QueueCase):
                 verdict = runs.judge(error, 1)
                 self.assertTrue(asked <= verdict.wait <= most, verdict)
 
+    def test_more_lanes_open_with_an_answer_only(self):
+        """Control: in finish(), without the return after Removed, four lanes open."""
+        work = runs.SendPass(None, None)
+        work.finish(None, {"id": 1}, runs.Removed())
+        self.assertEqual((work.width, work.is_stopped), (1, False))
+
     def test_what_was_not_sent_ends_the_pass_and_storage_refusals_count_for_themselves(self):
         nothing_sent = runs.Unavailable("cannot reach it")
         nothing_sent.maybe_sent = False
         self.assertEqual(runs.judge(nothing_sent, 5), ("waiting", 0, "end", False))
-        refused = runs.StorageRefused("no", status=403)     # ten of its own kind, not of any
+        refused = runs.FileFailed("no", status=403)     # ten of its own kind, not of any
         for suspect, state in ((0, "waiting"), (8, "waiting"), (9, "parked")):
             self.assertEqual(runs.judge(refused, 99, None, suspect).state, state)
 

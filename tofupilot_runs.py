@@ -25,21 +25,24 @@ The sections of this file, each of which uses only those above it:
     queue           the SQLite file that keeps runs while the network is away
     sending         one pass over a queue
     screens         results as tables, JSON, CSV and workbooks
-    report          one run for people, measurements as rows, yields
+    report          one run for people, its measurements, yields
     commands        one function for each command; each returns a Result
     queue commands  the same for `queue`, and for `create`, which may go through it
     command line    the tree of commands, its parser and its help
     main            streams, signals and the exit status
 
-To find your way, read from `main` at the end upwards.
+To find your way, read from `main` at the end upwards. Modules that cost much at every start (ssl,
+sqlite3, urllib.request, hashlib and others) are imported where they are needed.
 """
+# An f-string: Python 2 and 3.5 stop here with a SyntaxError that shows this line.
 f"tofupilot_runs.py needs Python 3.6 or newer: run it with python3 (Python 2 shows this line)"
 
 import sys
 
 if (__name__ == "__main__" and not sys.flags.isolated
         and not getattr(sys.flags, "safe_path", False) and sys.path[0] != sys.prefix):
-    # A calendar.py or signal.py of somebody else beside this file must not replace Python's own.
+    # A calendar.py or signal.py of somebody else beside this file must not replace Python's own;
+    # but where Python itself lives in that folder, its own modules are there.
     del sys.path[0]
 
 import signal
@@ -72,10 +75,13 @@ ON_WINDOWS = os.name == "nt"
 ANSWER_LIMIT = 64 << 20     # bytes of an answer
 ERROR_LIMIT = 64 << 10      # bytes of an answer that is an error, and of a credentials file
 BLOCK = 64 << 10            # bytes of a file in memory at a time
+DAY = 86400                 # seconds
 MAX_TOTAL_WAIT = 60         # seconds that the waits of one direct command may add up to
 CONNECT_TIMEOUT = 10        # seconds for each address of a host
-MAX_DELAY = 3600            # seconds between two tries, in the queue too
+MAX_DELAY = 3600            # seconds between two tries, in the queue too (see SUB_UNIT_DELAY)
 UPLOAD_WINDOW = 45          # seconds in which a PUT must begin: upload URLs live for 60
+CLOCK_SLACK = 600           # seconds that two looks at a server's clock may differ
+SLOWEST_FILE = 16 << 10     # bytes a second at which a file may still go up or come down
 PAGES_AHEAD = 4             # pages of a list that are asked for at the same time
 OVERLOADED = (429, 503)     # HTTP statuses of a server that wants fewer requests
 
@@ -90,7 +96,7 @@ class Error(Exception):
     of single problems ("path: reason"), `reason` what the server said, `notes` further lines of
     facts. `id` is the ID of a run that is stored all the same, `cursor` where a list that broke off
     goes on, `maybe_sent` whether the request may have arrived, `tells_doubt` whether the text says
-    that already.
+    that already, `retry_after` the seconds that the server asks for, or None.
     """
     exit_code = 1
     usual_hint = ""
@@ -98,6 +104,7 @@ class Error(Exception):
     tells_doubt = False
     id = None
     cursor = None
+    retry_after = None
 
     def __init__(self, message, hint=None, status=None, code=None, issues=(), reason=""):
         super().__init__(message)
@@ -168,15 +175,13 @@ class Refused(Error):
 class Unavailable(Error):
     """Network, TLS, overload, or not the API's answer. The same call again later is safe.
 
-    `retryable` is False where another try at once is useless; `reused`: a kept connection had died;
-    `retry_after`: the seconds that the server asks for, or None.
+    `retryable` is False where another try at once is useless; `reused`: a kept connection had died.
     """
     exit_code = 6
     usual_hint = "run the same command again later: it is safe"
     maybe_sent = True
     retryable = True
     reused = False
-    retry_after = None
 
 
 class NotSent(Unavailable):
@@ -190,8 +195,11 @@ class NotTheAPI(Unavailable):
     retryable = False
 
 
-class StorageRefused(Unavailable):
-    """The storage of the files did not take or give one; `is_network`: it was out of reach."""
+class FileFailed(Unavailable):
+    """A file did not arrive: the storage refused it, or it could not be read to its end here.
+
+    `is_network`: the storage was out of reach.
+    """
     maybe_sent = False
     is_network = False
 
@@ -1284,7 +1292,10 @@ USUAL_WORDS = {
 
 
 def closest(word, known):
-    """The known word that was meant, or None."""
+    """The known word that was meant, or None.
+
+    For messages alone, so a likely guess will do; nearly_known in checks must be exact.
+    """
     import difflib
     usual = USUAL_WORDS.get(word, "")
     for guess in (usual, usual + "s", usual + "-ids", usual + "-names"):
@@ -1917,8 +1928,8 @@ def parse_origin(text, allow_http=False, what="--url"):
     return f"{parts.scheme}://{host}:{parts.port}"
 
 
-def server_name(text):
-    """The spelling of a server's address by which two are compared; an odd one as it is."""
+def normal_url(text):
+    """A server's address in the spelling by which two are compared; an odd one as it is."""
     try:
         return parse_origin(text, allow_http=True)
     except BadInput:
@@ -2031,7 +2042,7 @@ def named_server(url, allow_http, warn):
         parse_origin(written.strip().rstrip("/"), allow_http)
     except BadInput as error:
         warn(error.text)
-    return server_name(written.strip().rstrip("/"))
+    return normal_url(written.strip().rstrip("/"))
 
 
 def no_key():
@@ -2084,7 +2095,7 @@ class Exchange:
     """One request to a server, and how far it came.
 
     `stage` is "connecting", then "sent"; or "reused" on a kept connection, until something came
-    back. `late`: its time was over before it was.
+    back. `late`: its time ran out first.
     """
 
     def __init__(self, method, url, content, sink, timeout, budget, before_send):
@@ -2699,7 +2710,7 @@ class LocalFile:
         return open(number, "rb")
 
     def blocks(self):
-        """The content, in blocks; StorageRefused if it is not to be had any more."""
+        """The content, in blocks; FileFailed if it is not to be had any more."""
         try:
             with self.open() as file:
                 left = self.size
@@ -2715,7 +2726,7 @@ class LocalFile:
             raise self.lost(error.message) from None
 
     def lost(self, reason):
-        error = StorageRefused(f"cannot read {self.path} to its end: {reason}",
+        error = FileFailed(f"cannot read {self.path} to its end: {reason}",
                                "run the command again when nothing changes the file")
         error.retryable = False
         return error
@@ -2870,7 +2881,7 @@ def bring_up_all(client, rows, files, progress):
         try:
             if not file.done:
                 bring_up(client, free_rows, file, progress)
-        except (Refused, StorageRefused) as error:
+        except (Refused, FileFailed) as error:
             failure = failure or error
         except Error as error:
             return failure or error
@@ -2962,7 +2973,7 @@ def upload(client, file, progress):
         except NotFound:        # a login portal took the bytes, or the server forgot the upload
             if is_last:
                 raise storage_error(f"it lost the bytes of {file.name}") from None
-        except StorageRefused as error:     # 4xx: the URL has expired; ask for another, once
+        except FileFailed as error:     # 4xx: the URL has expired; ask for another, once
             is_expired = 400 <= (error.status or 0) < 500 and not error.retryable
             if is_last or not is_expired:
                 raise
@@ -2984,7 +2995,7 @@ def put(client, url, file, progress):
 def fetch(client, row, begin):
     """Gets an attachment. `begin` gives, for each try, the function that takes its blocks.
 
-    StorageRefused where it is larger or smaller than the server says.
+    FileFailed where it is larger or smaller than the server says.
     """
     size = row.get("size")
     is_known = is_number(size) and 0 <= size < 1 << 40
@@ -3013,7 +3024,7 @@ def wrong_size(name, size, received):
 
 
 def at_storage(client, method, url, name, size, headers, content=None, begin=None, finish=None):
-    """Exchanges a file with the storage; StorageRefused where it does not do what it should."""
+    """Exchanges a file with the storage; FileFailed where it does not do what it should."""
     until = time.monotonic() + UPLOAD_WINDOW
     try:
         host = check_url(url, client.allow_http, "the server gave a URL for it that").netloc
@@ -3024,10 +3035,10 @@ def at_storage(client, method, url, name, size, headers, content=None, begin=Non
         if method == "PUT" and time.monotonic() > until:
             raise storage_error("its upload URL has expired", 403)
         sink, received = begin() if begin else (None, None)
-        budget = 60 + size / 16384
+        budget = 60 + size / SLOWEST_FILE
         try:
             answer = client.transport.exchange(method, url, headers, content, budget, sink)
-        except StorageRefused:
+        except FileFailed:
             raise
         except Unavailable as error:
             raise out_of_reach(error) from None
@@ -3051,7 +3062,7 @@ def storage_refusal(answer, host, name, size):
 
 
 def out_of_reach(error):
-    """The StorageRefused for a storage that gave no answer: the API may well be in reach."""
+    """The FileFailed for a storage that gave no answer: the API may well be in reach."""
     failure = storage_error(error.message)
     failure.notes = error.notes
     failure.retryable = error.retryable
@@ -3061,7 +3072,7 @@ def out_of_reach(error):
 
 
 def storage_error(reason, status=None):
-    error = StorageRefused(f"the storage of the files: {reason}",
+    error = FileFailed(f"the storage of the files: {reason}",
                            "run the same command again later: only what is missing goes up", status)
     error.retryable = status in (408, 425, 429) or (status or 0) >= 500
     return error
@@ -3123,12 +3134,12 @@ class Client:
 
     def clone(self, retries=None):
         """A Client for another thread: the same login, connections of its own."""
+        login = self.login      # this may find the CA, too
         transport = Transport(self.transport.timeout, self.transport.ca_cert, self.trace)
         other = Client(retries=self.retries if retries is None else retries,
                        allow_http=self.allow_http, notify=self.notify, trace=self.trace,
                        transport=transport)
-        other.found_login = self.login
-        other.transport.ca_cert = self.transport.ca_cert
+        other.found_login = login
         other.transport.secrets = self.transport.secrets
         other.waits = self.waits
         other.ref_is_known = self.ref_is_known
@@ -3405,7 +3416,7 @@ class Client:
         for rows, _ in pages:
             theirs, ours = self.transport.server_clock or (time.time(), time.time())
             passed = ours - since
-            earliest = theirs - passed - 600
+            earliest = theirs - passed - CLOCK_SLACK
             if passed < 0:      # our clock was set back
                 earliest = 0
             others = known_run_ids() if rows else ()
@@ -3568,7 +3579,7 @@ def is_same_run(row, body):
             return False
     for field in ("started_at", "ended_at"):     # the server keeps milliseconds
         shown = epoch(row.get(field)) or 0
-        if abs(shown - epoch(body[field])) > 0.0011:
+        if abs(shown - epoch(body[field])) > 0.0011:    # and a float is not exact
             return False
     metadata = row.get("metadata") or {}
     if metadata != body.get("metadata", {}):
@@ -3608,13 +3619,21 @@ def lower_text(value):
 # Exactly once: tried_at and origin are committed before the first byte goes out. Where they stand
 # without a run_id, the run may be on the server.
 #
-# What the columns of an entry do not say themselves: ref is the client_run_ref, content the ref
-# that the body alone would have; units the serial numbers in it, in lower case; server the one that
-# was named when it was stored, origin the one that it was begun at; target where a move goes, hop
-# the token of that move, came the token of the move that brought it here; suspect how often it
-# failed where others were sent, or the storage refused it; status the HTTP status of the last
-# failure; left_out the names of files that could not be read when it was stored; ended_at when it
-# became a receipt. The table received has the tokens of all moves that arrived: none arrives twice.
+# The columns of an entry whose names do not say it all:
+#
+#     ref             the client_run_ref, given by hand or made from the content
+#     content         the ref that the body alone would have: its checksum
+#     units           the serial numbers in it, its own and its sub-units', in lower case
+#     server          the server that was named when it was stored; it goes to no other
+#     origin          the server that it was begun at
+#     tried_at        when it was first sent and may have arrived
+#     failed_at       when it failed last; status: the HTTP status then
+#     suspect         how often it failed while others were sent, or at the storage
+#     target          of a move: the identity and path of the other file; of "fixed": the new ref
+#     hop, came       the token of the move that takes it away, and of the one that brought it here
+#     ended_at        when it became a receipt
+#
+# The table received has the tokens of all moves that arrived: none arrives twice.
 
 APPLICATION_ID = 0x54465251     # "TFRQ" in the file's header
 SCHEMA_VERSION = 1
@@ -4059,7 +4078,7 @@ class Queue:
         """The Stored of a create whose run was corrected under another ref; it may add files."""
         files = stage.missing(entry)
         if entry["state"] in OPEN:
-            stage.give_to(entry["id"], self, files)
+            stage.give_to(entry["id"], files)
             return Stored(self.by_number(entry["id"]), stage.left_out)
         reason = f"the run was corrected and is {entry['state']}: use create-attachment"
         left_out = [(file.name, reason) for file in files]
@@ -4076,7 +4095,7 @@ class Queue:
             return token is not None
         server = values.get("origin") or values.get("server")
         return old["state"] == "sent" and server is not None and (
-            server_name(old["origin"] or "") != server_name(server))
+            normal_url(old["origin"] or "") != normal_url(server))
 
     def require_same_run(self, old, values, token):
         """Raises where the entry that has this ref cannot take this create."""
@@ -4087,7 +4106,7 @@ class Queue:
                            f"{printable(self.path)}",
                            "give each run a reference of its own, or none")
         if old["state"] == "moving" and token is not None:
-            there = (old["target"] or "").partition(" ")[2]
+            there = move_target(old)[1]
             raise self.unusable("a move out of it is not finished", "repeat that first: "
                                 + queue_command("move", there, queue=self.path))
 
@@ -4099,16 +4118,16 @@ class Queue:
                 number = self.insert("entry", **values)
             else:
                 self.change(number, **dict(values, ended_at=None))
-            stage.give_to(number, self)
+            stage.give_to(number)
             return number, []
         notes = []
         number = old["id"]
         new_files = stage.missing(old)
         if new_files and old["state"] in ("moving", "moved"):
-            there = (old["target"] or "").partition(" ")[2]
+            there = move_target(old)[1]
             raise self.unusable(f"this run has gone to {there}",
                                 "add the files there: create with --queue and that file")
-        stage.give_to(number, self, new_files)
+        stage.give_to(number, new_files)
         if new_files and old["state"] == "sent":
             self.change(number, state="waiting", next_try_at=0, body=values["body"])
         if values.get("tried_at") and not old["tried_at"]:      # it may be on the server
@@ -4164,7 +4183,7 @@ class Queue:
                     self.rename(old, values["ref"])
                 for name in names:
                     self.drop_file(old["id"], name)
-                stage.give_to(old["id"], self)
+                stage.give_to(old["id"])
                 self.change(old["id"], tries=0, next_try_at=0, suspect=0, **values)
                 corrected = self.by_number(old["id"])
                 return Stored(corrected, stage.left_out)
@@ -4172,10 +4191,10 @@ class Queue:
     def rename(self, entry, ref):
         """Leaves a receipt under the old ref of an entry that gets a new one."""
         other = self.by_ref(ref)
-        if other and other["state"] == "fixed":     # the content is what it once was
+        if other and other["state"] == "fixed":     # the correction was undone
             self.drop("id = ?", other["id"])
         elif other:
-            old = entry["ref"][:12]
+            old = short_ref(entry)
             raise BadInput(f"the corrected run is in the queue already as {ref[:12]}; both stay "
                            "as they are", f"remove the wrong one: queue rm {old}")
         kept = ("content", "outcome", "serial_number", "procedure_id", "stored_at")
@@ -4183,10 +4202,10 @@ class Queue:
         self.insert("entry", ref=entry["ref"], state="fixed", target=ref, units="[]",
                     ended_at=time.time(), **values)
 
-    def drop_file(self, entry, name):
+    def drop_file(self, number, name):
         self.sql("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ? AND "
-                 "name = ?)", entry, name)
-        self.sql("DELETE FROM file WHERE entry = ? AND name = ?", entry, name)
+                 "name = ?)", number, name)
+        self.sql("DELETE FROM file WHERE entry = ? AND name = ?", number, name)
 
     # Sending
 
@@ -4196,8 +4215,29 @@ class Queue:
             self.sql("UPDATE entry SET tried_at = coalesce(tried_at, ?), origin = ? WHERE id = ? "
                      "AND ref = ? AND content = ? AND state = 'waiting'",
                      time.time(), origin, entry["id"], entry["ref"], entry["content"])
-            if not self.sql("SELECT changes()")[0][0]:
+            if not self.changed_rows():
                 raise Removed
+
+    def changed_rows(self):
+        """How many rows the last statement changed."""
+        return self.sql("SELECT changes()")[0][0]
+
+    def unpark(self, entry):
+        """A parked entry waits again, and is due at once."""
+        self.sql("UPDATE entry SET state = 'waiting', next_try_at = 0, suspect = 0 "
+                 "WHERE id = ? AND state = 'parked'", entry["id"])
+
+    def name_server(self, entry, server):
+        """From now on an entry that never went out is for that server."""
+        self.sql("UPDATE entry SET server = ? WHERE id = ? AND state IN ('waiting', 'parked') "
+                 "AND tried_at IS NULL AND run_id IS NULL", server, entry["id"])
+
+    def add_suspicion(self, number, most):
+        """Counts a failure of an entry while others were sent. Whether it is parked with that."""
+        self.sql("UPDATE entry SET suspect = suspect + 1 WHERE id = ?", number)
+        self.sql("UPDATE entry SET state = 'parked', exit_code = 5 WHERE id = ? AND "
+                 "state = 'waiting' AND suspect >= ?", number, most)
+        return bool(self.changed_rows())
 
     def make_receipt(self, entry, state):
         """Makes a receipt of an entry: drops the body and the chunks. Whether it could be made.
@@ -4220,8 +4260,8 @@ class Queue:
         now = time.time()
         with self.transaction():
             self.drop("state IN ('sent', 'moved', 'fixed') AND ended_at < ?",
-                      now - RECEIPT_DAYS * 86400)
-            self.sql("DELETE FROM received WHERE at < ?", now - TOKEN_DAYS * 86400)
+                      now - RECEIPT_DAYS * DAY)
+            self.sql("DELETE FROM received WHERE at < ?", now - TOKEN_DAYS * DAY)
         self.release_room()
 
     def release_room(self):
@@ -4326,7 +4366,7 @@ class Stage:
             data = b"".join(file.blocks())
             self.small[file] = data
             self.digests[file] = digest_to_keep(file, sha256_of([data]))
-        except StorageRefused as error:
+        except FileFailed as error:
             self.leave_out(file, error)
 
     def leave_out(self, file, error):
@@ -4355,7 +4395,7 @@ class Stage:
             try:
                 if file not in self.digests:
                     self.digests[file] = file.sha256()
-            except StorageRefused as error:
+            except FileFailed as error:
                 self.leave_out(file, error)
 
     def has_all_large(self, entry):
@@ -4378,7 +4418,7 @@ class Stage:
                 self.begin()
             try:
                 self.large[file] = self.copy(file)
-            except StorageRefused as error:
+            except FileFailed as error:
                 with self.queue.transaction():
                     self.queue.drop_file(self.number, file.name)
                 self.leave_out(file, error)
@@ -4430,22 +4470,23 @@ class Stage:
             elif took > 0.5:
                 limit = max(limit // 2, BLOCK)
             if time.monotonic() - last_pause > 0.7 and not is_at_end:
-                time.sleep(0.15)    # who waits for the file asks for it every 0.1 s
+                time.sleep(0.15)    # a process that waits for the file asks every 0.1 s
                 last_pause = time.monotonic()
         return number
 
-    def give_to(self, entry, queue, files=None):
+    def give_to(self, number, files=None):
         """Makes files those of an entry, in the transaction at hand; all of them if None."""
+        queue = self.queue
         for file in self.files if files is None else files:
             if file in self.large:
-                queue.sql("UPDATE file SET entry = ? WHERE id = ?", entry, self.large[file])
+                queue.sql("UPDATE file SET entry = ? WHERE id = ?", number, self.large[file])
                 continue
-            number = insert_file(queue, entry, file)
+            row = insert_file(queue, number, file)
             data = self.small[file]
             for part, start in enumerate(range(0, len(data), BLOCK)):
-                queue.sql("INSERT INTO chunk VALUES (?, ?, ?)", number, part,
+                queue.sql("INSERT INTO chunk VALUES (?, ?, ?)", row, part,
                           data[start:start + BLOCK])
-            queue.sql("UPDATE file SET sha256 = ? WHERE id = ?", self.digests[file], number)
+            queue.sql("UPDATE file SET sha256 = ? WHERE id = ?", self.digests[file], row)
 
     def __exit__(self, *_):
         if self.number is None:
@@ -4468,9 +4509,9 @@ def digest_to_keep(file, digest):
     return digest
 
 
-def insert_file(queue, entry, file):
-    """The number of a new row for a file."""
-    return queue.insert("file", entry=entry, name=file.name, size=file.size,
+def insert_file(queue, number, file):
+    """The number of a new row for a file of the entry with that number."""
+    return queue.insert("file", entry=number, name=file.name, size=file.size,
                         upload_id=file.upload_id, done=int(file.done))
 
 
@@ -4536,10 +4577,21 @@ def entry_values(body, problems=()):
     return values
 
 
+def short_ref(entry):
+    """Enough of a ref for people; commands take it, too."""
+    return entry["ref"][:12]
+
+
+def move_target(entry):
+    """(identity, path) of the queue file that an entry moves to."""
+    identity, _, path = (entry["target"] or "").partition(" ")
+    return identity, path
+
+
 def bound_server(entry):
     """The server that an entry is for: the one that it was begun at, or that was named; or None."""
     server = entry["origin"] or entry.get("server")
-    return server_name(server) if server else None
+    return normal_url(server) if server else None
 
 
 def default_queue():
@@ -4592,7 +4644,7 @@ def require_correctable(entry):
     """BadInput unless an entry surely is not on a server, so that it may be changed."""
     if entry is None:
         raise BadInput("the entry was removed meanwhile")
-    ref = entry["ref"][:12]
+    ref = short_ref(entry)
     if entry["state"] in ENDED:
         raise BadInput(f"{ref} is {entry['state']}: it is not in the queue any more",
                        "update-metadata corrects a run on the server; rm deletes it")
@@ -4642,7 +4694,7 @@ def move(queue, path):
 def mark_moving(queue, target):
     """First commit of a move: from now on the waiting entries cannot be sent from here."""
     for entry in queue.entries("state = 'moving'"):
-        identity, _, other = entry["target"].partition(" ")
+        identity, other = move_target(entry)
         if identity != target.identity:
             raise BadInput(f"a move to another file is not finished: {other}",
                            "move to that file first; if it is lost, get each run back with\n"
@@ -4681,9 +4733,10 @@ def take_back(queue, target):
 # ---- sending -------------------------------------------------------------------------------------
 
 SUB_UNIT_HOURS = 72         # how long a run may wait for the runs of its sub-units
+SUB_UNIT_DELAY = 21600      # seconds at most between two tries while it does
 MOST_LANES = 4              # entries that are sent at the same time
 MOST_FAILURES = 3           # failures in a row that end a pass
-MOST_SUSPECT = 10           # such failures of one entry park it
+MOST_SUSPECT = 10           # failures of one entry, while others were sent, that park it
 CALM_SECONDS = 120          # after a server was overloaded, there is one lane for so long
 
 # What becomes of an entry that failed. state: waiting or parked; wait: seconds until it is due
@@ -4697,10 +4750,10 @@ def judge(error, tries, waited_for_units=None, suspect=0):
     """The Verdict on an entry that failed with an error after so many tries.
 
     `waited_for_units`: seconds since a run with sub-units was stored, None for one without;
-    `suspect`: how often it failed in a way that is its own before.
+    `suspect`: how often it failed before while others were sent, or at the storage.
     """
     status = error.status
-    retry_wait = delay(tries, 15, getattr(error, "retry_after", None))
+    retry_wait = delay(tries, 15, error.retry_after)
     if isinstance(error, AccessDenied):
         if status == 403:   # a station key gets it for a procedure that is not linked
             return Verdict("waiting", MAX_DELAY, "count")
@@ -4709,7 +4762,7 @@ def judge(error, tries, waited_for_units=None, suspect=0):
         return Verdict("waiting", retry_wait, "end")
     if status in (408, 425):
         return Verdict("waiting", retry_wait)
-    if isinstance(error, StorageRefused):
+    if isinstance(error, FileFailed):
         if (status or 0) >= 500 or error.is_network:
             return Verdict("waiting", retry_wait, "count", is_suspect=True)
         state = "parked" if suspect + 1 >= MOST_SUSPECT else "waiting"
@@ -4720,7 +4773,7 @@ def judge(error, tries, waited_for_units=None, suspect=0):
         return Verdict("waiting", retry_wait, "count", is_suspect=True)
     if waited_for_units is not None and is_about_sub_unit(error):
         if waited_for_units < SUB_UNIT_HOURS * 3600:
-            return Verdict("waiting", min(900 * 2 ** min(tries, 9), 21600))
+            return Verdict("waiting", min(900 * 2 ** min(tries, 9), SUB_UNIT_DELAY))
     return Verdict("parked")
 
 
@@ -4817,7 +4870,7 @@ class SendPass:
                     self.consider(entry)
                 except (TypeError, ValueError, AttributeError) as error:
                     with self.changed:
-                        self.fail(self.queue, entry, error)
+                        self.fail(self.queue, entry, damage(error))
             self.wait_until(lambda: not self.in_flight)
         except Exception:
             self.is_stopped = True      # a lane that is under way finishes its entry
@@ -4891,10 +4944,10 @@ class SendPass:
                 lane = self.idle_lanes.pop() if self.idle_lanes else None
             lane = lane or Lane(self.queue.path, self.client)
             lane.send(entry)
-        except Removed:
-            entry["state"] = "removed"
-        except Exception as failure:
+        except Error as failure:
             error = failure
+        except Exception as failure:
+            error = damage(failure)
         with self.changed:
             try:
                 self.finish(lane, entry, error)
@@ -4909,48 +4962,39 @@ class SendPass:
             self.changed.notify_all()
 
     def finish(self, lane, entry, error):
-        """Takes down what came of an entry; the pass may end with it."""
-        if error is None and entry["state"] != "removed":
+        """Takes down what came of an entry: `error`, or None; the pass may end with it."""
+        if isinstance(error, Removed):      # another command was quicker; nothing was sent
+            return
+        if error is None:
             self.failures_in_a_row = 0
             self.sent.append(entry["id"])
             self.count_suspects(lane.queue)
             self.tell(f"sent {entry['serial_number']} {entry['outcome']} as run "
                       f"{entry['run_id']}")
-        elif isinstance(error, QueueUnusable) or error is not None and lane is None:
+        elif lane is None or isinstance(error, QueueUnusable):
             self.crash = error
             self.is_stopped = True
-        elif error is not None:
+            return
+        else:
             self.fail(lane.queue, entry, error)
-        has_answered = error is None or getattr(error, "status", None)
-        if lane and lane.client.transport.was_overloaded:
+        if lane.client.transport.was_overloaded:
             self.width = 1
             self.is_calm = True
-        elif has_answered and not self.is_calm:
-            self.width = MOST_LANES
+        elif not self.is_calm and (error is None or error.status):
+            self.width = MOST_LANES     # an answer came
 
     def fail(self, queue, entry, error):
         """Commits what becomes of an entry that failed, and what the pass does then."""
-        if not isinstance(error, Error):
-            error = Damaged(f"unexpected {type(error).__name__}: {error}")
         now = time.time()
-        waited = None
-        if entry_has_sub_units(queue, entry):
-            waited = now - number_in(entry, "stored_at")
         tries = number_in(entry, "tries")
         suspect = number_in(entry, "suspect")
-        verdict = judge(error, tries, waited, suspect)
+        waited_for_units = None
+        if entry_has_sub_units(queue, entry):
+            waited_for_units = now - number_in(entry, "stored_at")
+        verdict = judge(error, tries, waited_for_units, suspect)
         reason = reason_text(error)
-        exit_code = error.exit_code
-        if exit_code not in (3, 6):
-            exit_code = 5
-        tried_at = origin = None
-        # 409 may mean that an earlier try made a run under this ref.
-        is_final = isinstance(error, (Refused, NotFound)) and error.status != 409
-        surely_not_there = is_final and not error.maybe_sent and not entry["run_id"]
-        was_tried = entry["run_id"] or entry["tried_at"] or error.maybe_sent
-        if was_tried and not surely_not_there:
-            tried_at = entry["tried_at"] or now
-            origin = self.client.login.url
+        exit_code = error.exit_code if error.exit_code in (3, 6) else 5
+        tried_at, origin = self.begun_at(entry, error, now)
         queue.settle(
             entry, state=verdict.state, tries=tries + 1, failed_at=now, status=error.status,
             next_try_at=now + verdict.wait, exit_code=exit_code, error=reason[:4000],
@@ -4959,7 +5003,7 @@ class SendPass:
             self.suspects.append(entry["id"])
             if self.sent:
                 self.count_suspects(queue)
-        elif isinstance(error, StorageRefused):
+        elif isinstance(error, FileFailed):
             queue.change(entry["id"], suspect=suspect + 1)
         self.exit_codes.add(exit_code)
         if len(self.failures) < MOST_FAILURES:
@@ -4972,12 +5016,26 @@ class SendPass:
             text += f"; next try in {verdict.wait:.0f} s"
         self.tell(text)
 
+    def begun_at(self, entry, error, now):
+        """(tried_at, origin) of an entry that failed; (None, None) if surely no run is there.
+
+        Exactly once rests on this: where they stand, the run may be on the server.
+        """
+        # 409 may mean that an earlier try made a run under this ref.
+        is_final = isinstance(error, (Refused, NotFound)) and error.status != 409
+        if is_final and not error.maybe_sent and not entry["run_id"]:
+            return None, None
+        if entry["run_id"] or entry["tried_at"] or error.maybe_sent:
+            return entry["tried_at"] or now, self.client.login.url
+        return None, None
+
     def block(self, entry, exit_code):
         """From now on younger runs of the same units wait.
 
-        Where the entry waits for the runs of its sub-units (5), those may pass.
+        Where the entry waits for the runs of its sub-units, those may pass.
         """
-        if exit_code == 5:
+        is_for_sub_units = exit_code == 5       # else what is refused does not wait
+        if is_for_sub_units:
             self.blocked.add(str(entry["serial_number"]).lower())
         else:
             self.blocked |= units_of(entry)
@@ -4994,12 +5052,14 @@ class SendPass:
     def count_suspects(self, queue):
         """Counts the failures of entries while others are sent; ten of them park one."""
         for number in self.suspects:
-            queue.sql("UPDATE entry SET suspect = suspect + 1 WHERE id = ?", number)
-            queue.sql("UPDATE entry SET state = 'parked', exit_code = 5 WHERE id = ? AND "
-                      "state = 'waiting' AND suspect >= ?", number, MOST_SUSPECT)
-            if queue.sql("SELECT changes()")[0][0]:
+            if queue.add_suspicion(number, MOST_SUSPECT):
                 self.exit_codes.add(5)
         self.suspects = []
+
+
+def damage(error):
+    """The Error for what an entry makes this program raise: its data must be damaged."""
+    return Damaged(f"unexpected {type(error).__name__}: {error}")
 
 
 def units_of(entry):
@@ -6640,7 +6700,7 @@ def run_get(call):
     reader = RunReader(call, client, ids)
     is_single = len(ids) == 1
     if is_single:
-        reader.first = reader.fetch(ids[0])
+        reader.only = reader.fetch(ids[0])
     result = Result.runs(reader.runs(), reader.lines, single=is_single,
                          exit_code=reader.exit_code)
     reader.result = result
@@ -6655,7 +6715,7 @@ class RunReader:
         self.call = call
         self.client = client
         self.ids = ids
-        self.first = None       # a run that was fetched already
+        self.only = None        # the run, where one was asked for and is fetched already
         self.result = None
         self.saved = []         # paths of the attachments of the run at hand
         self.missing = []       # IDs of runs that are not there
@@ -6669,10 +6729,11 @@ class RunReader:
         return run
 
     def runs(self):
-        for id in self.ids:
-            if self.first is not None:
-                yield self.first
-                continue
+        remaining = self.ids
+        if self.only is not None:
+            yield self.only
+            remaining = ()
+        for id in remaining:
             try:
                 run = self.fetch(id)
             except NotFound:
@@ -7066,7 +7127,7 @@ class Station:
         age = ""
         if oldest is not None:
             age = ago(time.time() - oldest)
-            if time.time() - oldest > 86400:
+            if time.time() - oldest > DAY:      # cron does not send, or the network is away
                 faults.append(f"the oldest was stored {age}")
         if meta["parked"] or meta["moving"] or faults:
             kind = Refused if meta["parked"] else Unavailable
@@ -7253,7 +7314,7 @@ def queued_result(call, queue, stored, entry, wire, trouble):
     is_sent = entry["state"] == "sent"
     run_id = entry["run_id"] if is_sent else None
     document = {"id": run_id, "queued": not is_sent, "client_run_ref": entry["ref"]}
-    ref = entry["ref"][:12]
+    ref = short_ref(entry)
     path = printable(queue.path)
     if is_sent:
         title = "Created run"
@@ -7269,7 +7330,7 @@ def queued_result(call, queue, stored, entry, wire, trouble):
     waiting = queue.meta()["waiting"]
     lines = [f"Queued {ref} in {path}, {entry['state']}; {waiting} waiting"]
     if entry["state"] in ("moving", "moved"):
-        target = entry["target"].partition(" ")[2]
+        target = move_target(entry)[1]
         lines.append(f"  moved to {target}")
     elif entry["error"]:
         lines.append("  " + printable(entry["error"], 300))
@@ -7292,7 +7353,7 @@ def tell_parked(call, entry, problems):
         reasons = [entry["error"] or "refused"]
     for reason in reasons:
         call.console.note("  " + printable(reason, 500))
-    command = queue_command("fix", entry["ref"][:12], queue=call.get("queue"))
+    command = queue_command("fix", short_ref(entry), queue=call.get("queue"))
     call.console.note(f"Fix: {command} [flags of create]")
 
 
@@ -7300,7 +7361,7 @@ def tell_old(call, queue, entry):
     """Says that runs are parked, or wait for more than a day."""
     meta = queue.meta()
     oldest = queue.oldest_waiting()
-    is_old = oldest is not None and time.time() - oldest > 86400
+    is_old = oldest is not None and time.time() - oldest > DAY
     others_parked = meta["parked"] and entry["state"] != "parked"
     if is_old or others_parked:
         command = queue_command("ls", queue=call.get("queue"))
@@ -7399,7 +7460,7 @@ def run_queue_get(call):
         if folder and body:
             saved = save_queued_files(call, files, folder)
     if not body and call.format == "json":
-        raise NotFound(f"the request of {entry['ref'][:12]} is gone: it is {entry['state']}",
+        raise NotFound(f"the request of {short_ref(entry)} is gone: it is {entry['state']}",
                        "queue ls --sent --json shows what is left")
     lines = entry_lines(entry)
     sizes = [f"{file.name}  {size_text(file.size)}" for file in files]
@@ -7442,7 +7503,7 @@ def request_of(entry, body):
     except (AttributeError, TypeError, ValueError):
         is_intact = False
     if not is_intact:
-        raise Damaged(f"the request of {entry['ref'][:12]} in the queue file is damaged",
+        raise Damaged(f"the request of {short_ref(entry)} in the queue file is damaged",
                       "queue fix with --body gives it a new one")
     if entry["ref"] == entry["content"]:
         request.pop("client_run_ref", None)
@@ -7523,7 +7584,7 @@ def run_queue_rm(call):
     removed = [entry["ref"] for entry in entries]
     lines = []
     for entry in entries:
-        facts = [entry["ref"][:12], entry["serial_number"], entry["outcome"]]
+        facts = [short_ref(entry), entry["serial_number"], entry["outcome"]]
         text = " ".join(fact for fact in facts if fact)
         lines.append(f"Removed {text} ({entry['state']})")
     return Result.text({"client_run_ref": removed}, lines, ids=removed)
@@ -7533,9 +7594,9 @@ def require_not_moving(queue, entry):
     """BadInput where a move that is not finished may have brought the entry to another file."""
     now = queue.by_number(entry["id"])
     if now and now["state"] == "moving":
-        target = now["target"].partition(" ")[2]
+        target = move_target(now)[1]
         command = queue_command("move", target, queue=queue.path)
-        raise BadInput(f"{entry['ref'][:12]} is on its way to {target}",
+        raise BadInput(f"{short_ref(entry)} is on its way to {target}",
                        f"finish that and remove it there: {command}")
 
 
@@ -7543,14 +7604,15 @@ def require_not_under_way(queue, entry):
     """Unavailable where another process may be sending the entry right now."""
     now = queue.by_number(entry["id"])
     if now and now["state"] == "waiting" and now["tried_at"]:
-        raise Unavailable(f"{entry['ref'][:12]} may be on its way to the server right now",
+        raise Unavailable(f"{short_ref(entry)} may be on its way to the server right now",
                           "run the same command again")
 
 
 def run_queue_send(call):
     jitter = call.get("jitter")
     if jitter:
-        time.sleep(delay(0, jitter))
+        import random
+        time.sleep(random.uniform(0, jitter))
     with open_queue(call) as queue:
         if call.is_dry_run:
             return show_sends(call, queue, queue.entries("state = 'waiting'"))
@@ -7578,18 +7640,16 @@ def run_queue_retry(call):
 def require_open(entry):
     """BadInput for a REF whose entry is not there to be sent any more."""
     if entry["state"] not in OPEN:
-        raise BadInput(f"{entry['ref'][:12]} is {entry['state']}: there is nothing to send")
+        raise BadInput(f"{short_ref(entry)} is {entry['state']}: there is nothing to send")
 
 
 def make_ready(call, queue, entry, is_named):
     """Makes a parked entry wait again, and takes one that never went out to --url."""
     if entry["state"] == "parked" and (is_named or passes_checks(queue, entry)):
-        queue.sql("UPDATE entry SET state = 'waiting', next_try_at = 0, suspect = 0 "
-                  "WHERE id = ? AND state = 'parked'", entry["id"])
+        queue.unpark(entry)
     url = call.get("url")
     if url:
-        queue.sql("UPDATE entry SET server = ? WHERE id = ? AND state IN ('waiting', 'parked') "
-                  "AND tried_at IS NULL AND run_id IS NULL", server_name(url), entry["id"])
+        queue.name_server(entry, normal_url(url))
 
 
 def passes_checks(queue, entry):
@@ -7611,7 +7671,7 @@ def show_sends(call, queue, entries):
         except Removed:
             continue
         except Damaged as error:
-            call.console.warn(f"{entry['ref'][:12]}: {error.text}")
+            call.console.warn(f"{short_ref(entry)}: {error.text}")
             continue
         client.send_create(body)
     return None
@@ -7929,6 +7989,7 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(entry=self.path)
             add_flags(self, command.fields)
         else:
+            # A name with a space cannot be a flag's.
             tree = self.add_subparsers(dest=self.path + " word")
             families = [] if self.path else ["runs", *FAMILIES]
             for name in inner_commands(self.path) + families:
@@ -8231,7 +8292,7 @@ def run_and_write(call):
 def catch_signals():
     """Ctrl-C and SIGTERM raise from now on, where nobody else has a handler for them."""
     def stop(number, _):
-        sys.unraisablehook = lambda _: None     # what was half made would tell of it, from 3.8 on
+        sys.unraisablehook = lambda _: None     # 3.8+: objects half made would print a traceback
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
     with contextlib.suppress(ValueError):       # not in the main thread
         signal.signal(signal.SIGTERM, stop)
