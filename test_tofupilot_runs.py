@@ -2689,6 +2689,13 @@ class Help(Case):
                 self.assertTrue(field.group, field.name)
                 self.assertTrue(field.example or field.kind == "flag", field.name)
 
+    def test_no_help_is_wider_than_79_columns(self):
+        """Control: break the line of an example once."""
+        for path in ["", "runs", *runs.FAMILIES, *runs.COMMANDS]:
+            for line in self.ok(*path.split(), "--help", env={"COLUMNS": "200"}).out.splitlines():
+                if not line.startswith((" " * 10, "  --")):     # flags use the terminal's width
+                    self.assertLess(len(line), 80, line)
+
     def test_the_columns_that_can_be_asked_for_are_in_the_help(self):
         """Control: leave the columns out of a Command."""
         for command, names in (("ls", runs.RUN_CSV_COLUMNS), ("get", runs.MEASUREMENT_COLUMNS)):
@@ -4368,6 +4375,14 @@ class Listing(Case):
             self.fails(6, "ls", "--all", *ONCE)
             self.assertEqual(len(self.sent()), 1)
 
+    def test_a_span_of_time_in_which_nothing_can_lie_is_a_warning(self):
+        """Control: say that no run matches, as if none had failed that day."""
+        day = "2026-05-19"
+        for name in ("started", "ended", "created"):
+            for before, is_told in ((day, True), ("2026-05-18", True), ("2026-05-20", False)):
+                ran = self.ok("ls", f"--{name}-after", day, f"--{name}-before", before)
+                self.assertEqual(f"--{name}-before is not later" in ran.err, is_told)
+
     def test_metadata_that_was_asked_for_is_shown_in_each_form(self):
         """Control: show the usual columns alone."""
         self.made(metadata={"lot": "L\xfc7"})
@@ -4893,6 +4908,12 @@ class Creating(Case):
         self.assertEqual(run["metadata"], body["metadata"])
         self.assertEqual(len(run["logs"]), 1)
 
+    def test_a_procedure_that_is_not_there_is_told_with_how_to_find_its_id(self):
+        """Control: tell people to correct the data, and not with what."""
+        for id, status in (("Burn-in", 5), (NOBODY, 4)):
+            ran = self.fails(status, *create("A", procedure=id))
+            self.assertIn("ls --columns procedure.name,procedure.id", ran.err)
+
     def test_a_sub_unit_without_a_run_is_told_with_what_to_do(self):
         ran = self.fails(4, *CREATE, "--sub-units", "NEW-1")
         self.assertIn("needs a run of its own first", ran.err)
@@ -5244,6 +5265,11 @@ create --body @none.json > --body none.json
 create --body {"outcome":"FAIL","outcome":"PASS"} > "outcome" twice
 create --body run.json > --body
 queue fix > REF
+queue move no/ > no/ stick
+create --body none.json > --body @none.json
+create --outcome OK --procedure-id p > PASS
+ls --outcomes NOK > FAIL
+ls --format excel > xlsx
 queue ls a > a
 queue send q > --queue
 check q > q"""

@@ -1287,7 +1287,8 @@ USUAL_WORDS = {
     "--search": "--search-query", "--output": "--out", "-o": "--out", "-L": "--limit",
     "-n": "--limit", "-f": "--format", "-j": "--json", "-h": "--help", "--quiet": "-q",
     "--verbose": "-v", "--sort": "--sort-by", "--order": "--sort-order", "--phase": "--phases",
-    "--failed": "--outcome", "--fail": "--outcome", "--failures": "--outcome",
+    "--failed": "--outcome", "--fail": "--outcome", "--failures": "--outcome", "excel": "xlsx",
+    "ok": "pass", "good": "pass", "nok": "fail", "bad": "fail", "ng": "fail",
 }
 
 
@@ -2435,7 +2436,7 @@ class Transport:
     def reason_of(self, exchange, error):
         """(why an exchange failed, what to do about it, whether another try may help)."""
         import socket
-        later = "check the name in --url and the network; nothing was sent: run it again later"
+        later = "nothing was sent: check the name in --url and the network, or try again later"
         if exchange.late:
             return f"no complete answer within {exchange.budget:.0f} s", later, True
         text = self.mask(str(error))        # before it is cut anywhere
@@ -2642,6 +2643,8 @@ def error_of(answer, found, host, kind):
     error.retry_after = retry_after(answer)
     if is_about_sub_unit(error):
         error.hint = "a sub-unit needs a run of its own first: create that, then this again"
+    elif is_about_procedure(error):
+        error.hint = f"{PROG} ls --columns procedure.name,procedure.id shows those with runs"
     return error
 
 
@@ -2649,6 +2652,12 @@ def is_about_sub_unit(error):
     """Whether the server says that a sub-unit is not there: its run may come later."""
     reasons = " ".join([error.message] + error.issues)
     return error.status in (400, 404) and bool(re.search("(?i)sub.?unit", reasons))
+
+
+def is_about_procedure(error):
+    """Whether the server says that there is no such procedure."""
+    reasons = " ".join([error.message] + error.issues)
+    return error.status in (400, 404) and bool(re.search("(?i)procedure(_| with )id", reasons))
 
 
 def issue_text(issue):
@@ -3469,7 +3478,7 @@ def no_such_id(operation, wire, error):
                      error.issues, error.reason)
     if len(id) != 36:
         found.with_note(f"this ID has {counted(len(id), 'character')}, IDs have 36")
-        found.hint += "\nis it a serial number? get --serial-number shows its newest run"
+        found.hint += f"\nis it a serial number? get --serial-number {shown} shows its newest run"
     found.after_unanswered_try = getattr(error, "after_unanswered_try", False)
     return found
 
@@ -5324,7 +5333,7 @@ class ColumnPath:
         guess = closest(self.keys[self.depth], sorted(self.siblings))
         text = f"--columns: {self.path} is in none of the rows"
         if guess is None:
-            return text
+            return f"{text}; --help lists the usual ones"
         meant = list(self.keys)
         meant[self.depth] = guess
         return f"{text}; did you mean {'.'.join(meant)}?"
@@ -6455,7 +6464,7 @@ class Arguments:
         hint = f"put the JSON in a file: {flag_name(name)} @FILE"
         if name == "metadata" and "set" in self.fields:
             hint = "--set key=value, or " + hint
-        if os.path.exists(local_path(word)):
+        if os.path.exists(local_path(word)) or word.endswith(".json"):
             hint = f"{flag_name(name)} @{word} reads the file"
         return failure.with_note(got, hint)
 
@@ -6642,6 +6651,11 @@ def run_ls(call):
     call.warn_of_zone()
     if any("," in serial for serial in filters.get("serial_numbers", ())):
         call.console.warn("no serial number has a comma: separate serial numbers with spaces")
+    for name in ("started", "ended", "created"):
+        after = epoch(filters.get(name + "_after"))
+        before = epoch(filters.get(name + "_before"))
+        if after is not None and before is not None and after >= before:
+            call.console.warn(f"--{name}-before is not later than --{name}-after: no run can match")
     if "metadata" in re.split(r"[,.\s]", call.get("columns") or ""):
         filters.setdefault("include_metadata", True)
     if limit and call.get("all"):
@@ -7736,8 +7750,11 @@ def sent_rows(path, numbers):
 def run_queue_move(call):
     refuse_dry_run(call)
     target = given_refs(call, most=1, needs="FILE is missing: the queue to move to")[0]
+    path = local_path(target)
+    if not os.path.basename(path) and not os.path.isdir(path):
+        raise BadInput(f"there is no folder {target}", "mount the stick, or make the folder")
     with open_queue(call) as queue:
-        count, path, is_new = move(queue, local_path(target))
+        count, path, is_new = move(queue, path)
         parked = queue.meta()["parked"]
     text = "Nothing is waiting"
     if count:
@@ -7850,7 +7867,7 @@ COMMANDS = {
             "download", "path", "save its attachments in a folder", "evidence")),
         ["3e1f7d02", "3e1f7d02 --json --out run.json"], "REF"),
     "queue fix": Command(
-        run_queue_fix, "Correct an entry (REF) that is not on a server, with create's flags.",
+        run_queue_fix, "Correct an entry (REF) that no server has, with create's flags.",
         optional(REQUEST) + QUEUE,
         ["3e1f7d02 --part-number PCB01", "3e1f7d02 --body @run.json --attach log.txt"], "REF"),
     "queue send": Command(
@@ -7860,7 +7877,7 @@ COMMANDS = {
         ["--jitter 60 --url https://tofupilot.example.com", "--queue line3.queue"]),
     "queue retry": Command(
         run_queue_retry, "Send parked and waiting runs (REFs, or all) without waiting.",
-        QUEUE, ["", "3e1f7d02"], "[REF ...]"),
+        QUEUE, ["", "3e1f7d02", "--url https://tofupilot.example.com"], "[REF ...]"),
     "queue rm": Command(
         run_queue_rm, "Remove entries (REFs) from the queue, unsent.", QUEUE + YES,
         ["3e1f7d02"], "REF ..."),
@@ -8012,8 +8029,10 @@ class Parser(argparse.ArgumentParser):
         if not self.path:
             return manual_text()
         lines = [f"usage: {PROG} {self.path} COMMAND [flags]", ""]
-        for name in inner_commands(self.path):
-            lines.append(f"  {name:<24}{COMMANDS[name].sentence}")
+        names = inner_commands(self.path)
+        width = max(map(len, names)) + 2
+        for name in names:
+            lines.append(f"  {name:<{width}}{COMMANDS[name].sentence}")
         return "\n".join(lines) + "\n"
 
     def print_help(self, file=None):
@@ -8062,11 +8081,14 @@ def wrapped(text):
 
 
 def example_line(path, example):
-    """An example of a command, in two lines where it is long."""
-    line = f"  {PROG} {path} {example}".rstrip()
-    if len(line) <= 79:
-        return line
-    return re.sub(r"^(.{1,76}) (?=--)", r"\1 \\\n      ", line)
+    """An example of a command, in lines of 79 columns."""
+    line, lines = f"  {PROG} {path}", []
+    for part in re.split(" (?=--)", example):
+        if len(f"{line} {part}") > 77:
+            lines.append(line + " \\\n")
+            line = "     "
+        line += f" {part}"
+    return "".join(lines + [line]).rstrip()
 
 
 def add_flags(parser, fields, are_shown=True):
