@@ -4663,7 +4663,9 @@ class Getting(Case):
             ran = self.fails(4, *line.split())
             self.assertIn("no ", ran.err)
         self.assertIn("no run x (400)", ran.err)
+        self.assertIn("ls --serial-numbers x -q", ran.err)
         ran = self.fails(4, "get", run_id[1:])
+        self.assertIn("get --serial-number " + run_id[1:], ran.err)
         self.assertIn("has 35 characters", ran.err)
         self.assertEqual(self.stored(), [run_id])
 
@@ -5265,6 +5267,7 @@ create --body @none.json > --body none.json
 create --body {"outcome":"FAIL","outcome":"PASS"} > "outcome" twice
 create --body run.json > --body
 queue fix > REF
+update-metadata a lot=3 > --set lot=3
 queue move no/ > no/ stick
 create --body none.json > --body @none.json
 create --outcome OK --procedure-id p > PASS
@@ -5437,6 +5440,13 @@ class WrongCommandLines(Case):
         os.mkdir("folder")
         error = self.fails(6, "queue", "ls", "--queue", "folder").err
         self.assertIn("--queue " + self.at("folder", "line3.queue"), error)
+
+    def test_a_list_that_is_empty_is_told_with_its_file(self):
+        """Control: take it for no filter. The list of a day without failures is empty."""
+        self.file("my-ids.txt", b"\r\n")
+        error = self.refused(["get", "@my-ids.txt"], "--ids: @my-ids.txt is empty")
+        self.assertIn("no run matched", error["hint"])
+        self.assertIn("--ids: stdin is empty", self.fails(2, "rm", "-").err)
 
     def test_a_word_too_many_is_refused(self):
         """queue send FILE would send another queue."""

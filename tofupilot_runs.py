@@ -3478,7 +3478,10 @@ def no_such_id(operation, wire, error):
                      error.issues, error.reason)
     if len(id) != 36:
         found.with_note(f"this ID has {counted(len(id), 'character')}, IDs have 36")
-        found.hint += f"\nis it a serial number? get --serial-number {shown} shows its newest run"
+        how = f"get --serial-number {shown} shows its newest run"
+        if operation != "get":
+            how = f"ls --serial-numbers {shown} -q prints the IDs of its runs"
+        found.hint += f"\nis it a serial number? {PROG} {how}"
     found.after_unanswered_try = getattr(error, "after_unanswered_try", False)
     return found
 
@@ -6223,7 +6226,7 @@ def plain_bound(rule):
     if not isinstance(expression, str) or len(expression) > 80 or not expression.isprintable():
         return None
     number = r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
-    match = re.fullmatch(rf"""x (>=|<=|==|!=|>|<) ({number}|true|false|"[^"]*"|'[^']*')""",
+    match = re.fullmatch(rf"""x (>=|<=|==|!=|>|<) ({number}|[Tt]rue|[Ff]alse|"[^"]*"|'[^']*')""",
                          expression)
     return match.groups() if match else None
 
@@ -6484,7 +6487,10 @@ class Arguments:
                 raise BadInput(f"{flag_name(name)}: {path}: {error}") from None
             values += [line.strip() for line in text.splitlines() if line.strip()]
         if not values:      # an empty filter would mean everything
-            raise BadInput(f"{flag_name(name)}: there is no value in it", "give one at least")
+            word = self.flags[name][0]
+            source = "stdin" if word == "-" else printable(word, 60)
+            raise BadInput(f"{flag_name(name)}: {source} is empty",
+                           "where ls made the list, no run matched")
         return values
 
     def values(self, operation, start=()):
@@ -8239,7 +8245,9 @@ def take_words(command, found, words):
                        "each other", "give the ID once")
     field = next(field for field in command.fields if field.name == name)
     if not field.many and len(words) > 1:
-        raise BadInput(f"unexpected word {printable(words[1], 60)}", "this command takes one ID")
+        word = printable(words[1], 60)
+        hint = f"metadata is given as --set {word}" if "=" in word else "this command takes one ID"
+        raise BadInput(f"unexpected word {word}", hint)
     found[name] = words[:] if field.many else words[0]
     del words[:]
 
