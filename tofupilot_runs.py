@@ -8081,9 +8081,10 @@ def usage_of(path):
 
 
 def wrapped(text):
-    """A text in lines of 79 columns, none of which breaks a flag."""
+    """A text in lines that fit the terminal, none of which breaks a flag."""
     import textwrap
-    return textwrap.fill(text, 72, subsequent_indent="    ", break_on_hyphens=False)
+    width = min(72, terminal_width() - 1)
+    return textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def example_line(path, example):
