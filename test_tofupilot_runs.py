@@ -9174,6 +9174,15 @@ class QueueAnswers(QueueCase):
                 verdict = runs.judge(error, 1)
                 self.assertTrue(asked <= verdict.wait <= most, verdict)
 
+    def test_a_pass_tries_each_entry_once_unless_retries_says_more(self):
+        """Control: give each lane no retries whatever the flag says, or the default of 3."""
+        for flags, posts in (([], 1), (["--retries", "1"], 2)):
+            self.use(self.another(), f"retries-{posts}")
+            self.store("A")
+            self.box.fault("status", "POST /v2/runs", status=500, times=None)
+            self.send(6, *flags)
+            self.assertEqual(self.posts(), posts * ["A"])
+
     def test_more_lanes_open_with_an_answer_only(self):
         """Control: in finish(), without the return after Removed, four lanes open."""
         work = runs.SendPass(None, None)

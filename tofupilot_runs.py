@@ -1961,12 +1961,15 @@ def read_credentials(warn):
 
 
 def warn_of_readers(path, state, warn):
-    """Warns of a key file that other users can read, or own. Windows has no such modes."""
-    if not ON_WINDOWS and is_open_to_others(state):
+    """Warns of a key file that other users can read, or own."""
+    if is_open_to_others(state):
         warn(f"{path} can be read by other users: chmod 600 it")
 
 
 def is_open_to_others(state):
+    """Whether others can read a file, from what os.stat says of it. Windows has no such modes."""
+    if ON_WINDOWS:
+        return False
     return bool(state.st_mode & 0o077) or state.st_uid not in (0, os.getuid())
 
 
@@ -3141,13 +3144,12 @@ class Client:
         """Closes the kept connections."""
         self.transport.close()
 
-    def clone(self, retries=None):
+    def clone(self):
         """A Client for another thread: the same login, connections of its own."""
         login = self.login      # this may find the CA, too
         transport = Transport(self.transport.timeout, self.transport.ca_cert, self.trace)
-        other = Client(retries=self.retries if retries is None else retries,
-                       allow_http=self.allow_http, notify=self.notify, trace=self.trace,
-                       transport=transport)
+        other = Client(retries=self.retries, allow_http=self.allow_http, notify=self.notify,
+                       trace=self.trace, transport=transport)
         other.found_login = login
         other.transport.secrets = self.transport.secrets
         other.waits = self.waits
@@ -4800,7 +4802,7 @@ class Lane:
 
     def __init__(self, path, client):
         self.queue = Queue(path, must_exist=True)
-        self.client = client.clone(retries=0)
+        self.client = client.clone()
 
     def close(self):
         self.queue.close()
@@ -6590,17 +6592,17 @@ class Call:
 
         `retries`: how often it tries again where no flag says it.
         """
-        given = self.get("retries")
         if self.client_made is None:
+            given = self.get("retries")
             path = self.get("api_key_file")
             self.client_made = Client(
                 url=self.get("url"), api_key=self.arguments.read_key(self.console.warn),
                 ca_cert=self.get("ca_cert"), timeout=self.get("timeout") or 30,
+                retries=retries if given is None else given,
                 allow_http=bool(self.get("allow_http")), source=f"--api-key-file {path}",
                 notify=self.console.warn, trace=self.console.note if self.get("v") else None,
                 transport=DryRun() if self.is_dry_run else None)
             self.client_made.waits = []
-        self.client_made.retries = retries if given is None else given
         return self.client_made
 
     def close(self):
@@ -6818,11 +6820,12 @@ def examine_create(call, start=None):
         if not isinstance(start, dict):
             raise BadInput("--body: must be a JSON object")
     values = call.arguments.values("create", start or {})
-    read_moving_times(values)
+    read_relative_times(values)
     if not any(name in values for name in REQUIRED):
         raise BadInput("--outcome, --procedure-id, --serial-number, --started-at and --ended-at "
                        "are missing", f"{PROG} create --help; create --example prints a whole run")
     wire, findings = examine("create", values)
+    # A field is named by its flag unless it came with --body or from the queue.
     given = [name for name in values if name in call.arguments.flags]
     top_level = Record(*[field for field in CREATE.fields
                          if field.name in given or field.name not in values])
@@ -6831,7 +6834,7 @@ def examine_create(call, start=None):
     return wire, findings
 
 
-def read_moving_times(values):
+def read_relative_times(values):
     """Makes whole times of now, 24h, today and bare dates, if the run has a ref of its own.
 
     Without one they would make another run of each repetition: BadInput.
@@ -7068,8 +7071,7 @@ class Station:
 
     def __init__(self, call):
         self.call = call
-        self.warnings = []
-        call.console.warn = self.warnings.append
+        call.console.warn = ignore      # its lines tell all
         self.key_fault = None
         try:
             self.client = call.client()
@@ -7081,8 +7083,7 @@ class Station:
     def steps(self):
         """(name, function) of each line."""
         steps = []
-        for line in version_text().splitlines():
-            name, text = line.split(None, 1)
+        for name, text in version_facts():
             if name != "openssl":
                 steps.append((name, lambda text=text: text))
         return steps + [
@@ -7116,9 +7117,9 @@ class Station:
         login = self.client.login
         if not login.key:
             raise no_key()
-        for warning in self.warnings:
-            if "can be read by other users" in warning:
-                raise AccessDenied(warning, "chmod 600 it")
+        path = self.call.get("api_key_file") or login.source
+        if os.path.isfile(path) and is_open_to_others(os.stat(path)):
+            raise AccessDenied(f"{path} can be read by other users", "chmod 600 it")
         return f"from {login.source}"
 
     def proxy(self):
@@ -7240,21 +7241,20 @@ def openssl_version():
     return OPENSSL_VERSION
 
 
-def version_text():
-    """What an audit of many copies asks, a line each."""
+def version_facts():
+    """(name, text) of each line of --version: what an audit of many copies asks."""
     path = os.path.abspath(__file__)
     with open(path, "rb") as file:
         sha256 = sha256_of([file.read()])
     python = sys.version.split()[0]
     openssl = openssl_version() or "no ssl in this Python"
-    lines = [
-        f"version  {PROG} {__version__}",
-        f"sha256   {sha256}",
-        f"python   {python} on {sys.platform}",
-        f"openssl  {openssl}",
-        f"path     {path}",
+    return [
+        ("version", f"{PROG} {__version__}"),
+        ("sha256", sha256),
+        ("python", f"{python} on {sys.platform}"),
+        ("openssl", openssl),
+        ("path", path),
     ]
-    return "\n".join(lines) + "\n"
 
 
 # ---- queue commands ------------------------------------------------------------------------------
@@ -8270,7 +8270,8 @@ def execute(argv):
     if argv[:1] == ["help"]:
         argv = argv[1:] + ["--help"]
     if argv == ["--version"]:
-        sys.stdout.write(version_text())
+        for name, text in version_facts():
+            sys.stdout.write(f"{name:<8} {text}\n")
         return 0
     if not argv:
         sys.stderr.write(summary_text())
