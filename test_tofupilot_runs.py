@@ -5267,6 +5267,10 @@ create --body @none.json > --body none.json
 create --body {"outcome":"FAIL","outcome":"PASS"} > "outcome" twice
 create --body run.json > --body
 queue fix > REF
+create-attachment a foto.png > --file foto.png
+create-attachment a --file a.png b.png > --file b.png
+ls --metadata {"lot":"L7"} > metadata.lot: {"in":
+ls --metadata lot=L7 > --metadata {"shift":{"in":["A"]}}
 update-metadata a lot=3 > --set lot=3
 queue move no/ > no/ stick
 create --body none.json > --body @none.json
@@ -5430,6 +5434,8 @@ class WrongCommandLines(Case):
 
     def test_a_file_without_its_flag_is_told_with_the_flag(self):
         self.file("run.json", json.dumps(BODY).encode())
+        self.file("foto.png")
+        self.assertIn("--attach foto.png", self.refused(["create", "foto.png"])["hint"])
         for line in ("create run.json", "create other.json"):
             self.assertIn(f"--body @{line.split()[1]}", self.refused(line.split())["hint"])
         self.assertIn("--body @run.json",

@@ -1650,10 +1650,19 @@ def examine(operation, values):
         check_create(wire, findings.problems)
         warn_of_verdicts(wire, findings.warnings)
     metadata = wire.get("metadata")
-    if operation == "list" and isinstance(metadata, dict) and len(metadata) > 5:
-        findings.problems.append("metadata: at most 5 keys can be asked for")
+    if operation == "list" and isinstance(metadata, dict):
+        check_metadata_filter(metadata, findings.problems)
     findings.problems.sort(key=is_nested)
     return wire, findings
+
+
+def check_metadata_filter(metadata, problems):
+    if len(metadata) > 5:
+        problems.append("metadata: at most 5 keys can be asked for")
+    for key, rule in metadata.items():
+        if not isinstance(rule, dict):
+            such = '{"in": ["A", "B"]} or {"gte": 1.5}'
+            problems.append(f"metadata.{printable(key, 60)}: needs a comparison, such as {such}")
 
 
 def is_nested(problem):
@@ -6469,6 +6478,8 @@ class Arguments:
         hint = f"put the JSON in a file: {flag_name(name)} @FILE"
         if name == "metadata" and "set" in self.fields:
             hint = "--set key=value, or " + hint
+        elif name == "metadata":
+            hint = f"such as {flag_name(name)} {self.fields[name].example}; or {hint}"
         if os.path.exists(local_path(word)) or word.endswith(".json"):
             hint = f"{flag_name(name)} @{word} reads the file"
         return failure.with_note(got, hint)
@@ -8247,7 +8258,12 @@ def take_words(command, found, words):
     field = next(field for field in command.fields if field.name == name)
     if not field.many and len(words) > 1:
         word = printable(words[1], 60)
-        hint = f"metadata is given as --set {word}" if "=" in word else "this command takes one ID"
+        names = [field.name for field in command.fields]
+        hint = "this command takes one ID"
+        if "set" in names:
+            hint = f"metadata is given as --set {word}"
+        elif "file" in names:
+            hint = f"a file is given as --file {word}, one at a time"
         raise BadInput(f"unexpected word {word}", hint)
     found[name] = words[:] if field.many else words[0]
     del words[:]
@@ -8256,8 +8272,10 @@ def take_words(command, found, words):
 def hint_for_word(path, word):
     """What somebody meant who wrote a word without its flag."""
     if path == "create":
-        if word.endswith(".json") or os.path.exists(local_path(word)):
+        if word.endswith(".json"):
             return f"a file is given as --body @{word}"
+        if os.path.exists(local_path(word)):
+            return f"a file is given as --attach {word}, a request as --body @{word}"
     elif "queue" in [field.name for field in COMMANDS[path].fields]:
         return f"the queue is given as --queue {word}"
     return f"values follow their flag: {PROG} {path} --help lists the flags"
