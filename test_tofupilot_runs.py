@@ -2696,6 +2696,13 @@ class Help(Case):
                 if not line.startswith((" " * 10, "  --")):     # flags use the terminal's width
                     self.assertLess(len(line), 80, line)
 
+    def test_usage_and_lists_of_flags_fit_a_narrow_terminal(self):
+        """Control: break them at 72 columns whatever the terminal has."""
+        text = self.ok("create", "--help", env={"COLUMNS": "40"}).out
+        for part in (text[:text.index("\n\n")], text[text.index("every command:"):]):
+            for line in part.splitlines():
+                self.assertLess(len(line), 41, line)
+
     def test_the_columns_that_can_be_asked_for_are_in_the_help(self):
         """Control: leave the columns out of a Command."""
         for command, names in (("ls", runs.RUN_CSV_COLUMNS), ("get", runs.MEASUREMENT_COLUMNS)):
@@ -7900,6 +7907,7 @@ class Report(unittest.TestCase):
         for expressions, units, text in (
                 (["x >= 3.1", "x <= 3.4"], "V", "3.1 to 3.4 V"),
                 (["x >= 18.0"], "dBm", ">= 18.0 dBm"), (['x == "1.4.0"'], None, '== "1.4.0"'),
+                (["x == True"], None, "== True"),
                 (["x >= 1", "odd(x)"], "V", "x >= 1, odd(x)")):
             rules = [{"expression": expression} for expression in expressions]
             self.assertEqual(runs.limits_text({"validators": rules}, units), text)

@@ -8094,7 +8094,7 @@ def usage_of(path):
 def wrapped(text):
     """A text in lines that fit the terminal, none of which breaks a flag."""
     import textwrap
-    width = min(72, terminal_width() - 1)
+    width = min(72, terminal_width() - 8)      # argparse puts "usage: " before it
     return textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False)
 
 
