@@ -4917,6 +4917,10 @@ class Creating(Case):
         self.assertEqual(run["metadata"], body["metadata"])
         self.assertEqual(len(run["logs"]), 1)
 
+    def test_quiet_prints_nothing_of_an_example(self):
+        """Control: take it for a run without an ID, which is null."""
+        self.assertEqual(self.ok("create", "--example", "-q").out, "")
+
     def test_a_procedure_that_is_not_there_is_told_with_how_to_find_its_id(self):
         """Control: tell people to correct the data, and not with what."""
         for id, status in (("Burn-in", 5), (NOBODY, 4)):
@@ -5477,6 +5481,17 @@ class WrongCommandLines(Case):
         self.assertTrue(text.startswith("error: "), text)
         for flag in "--outcome --procedure-id --serial-number --started-at --ended-at".split():
             self.assertIn(flag, text)
+
+    def test_a_body_without_any_required_field_is_told_with_the_names_that_were_meant(self):
+        """Control: tell the five flags alone. A queue stores nothing of it."""
+        body = {"serialNumber": "A", "phases": [{"value": 1}]}
+        for more in ((), QUEUE):
+            error = self.refused(["create", "--body", json.dumps(body), *more])
+            self.assertIn("serialNumber: unknown field, did you mean serial_number?",
+                          error["issues"])
+            self.assertIn("--outcome: missing", error["issues"])
+            self.assertIn("create --example", error["hint"])
+        self.assertFalse(os.path.exists("q"))
 
     def test_what_is_wrong_in_json_is_told_with_its_place_and_a_hint_that_fits(self):
         """Control: tell people who gave a file to put the JSON into a file."""

@@ -6832,9 +6832,6 @@ def examine_create(call, start=None):
             raise BadInput("--body: must be a JSON object")
     values = call.arguments.values("create", start or {})
     read_relative_times(values)
-    if not any(name in values for name in REQUIRED):
-        raise BadInput("--outcome, --procedure-id, --serial-number, --started-at and --ended-at "
-                       "are missing", f"{PROG} create --help; create --example prints a whole run")
     wire, findings = examine("create", values)
     # A field is named by its flag unless it came with --body or from the queue.
     given = [name for name in values if name in call.arguments.flags]
@@ -6842,6 +6839,13 @@ def examine_create(call, start=None):
                          if field.name in given or field.name not in values])
     findings.problems = named_by_flags(findings.problems, top_level)
     warn_of_create(call, wire, findings)
+    if not any(name in values for name in REQUIRED):
+        missing = BadInput("--outcome, --procedure-id, --serial-number, --started-at and "
+                           "--ended-at are missing")
+        if values:
+            missing = problems_error(findings.problems)
+        missing.hint = f"{PROG} create --help; create --example prints a whole run"
+        raise missing
     return wire, findings
 
 
@@ -7275,7 +7279,7 @@ QUEUED_SECONDS = 10         # after the commit, create --queue ends within this 
 
 def run_create(call):
     if call.get("example"):
-        return Result.text(EXAMPLE_RUN, dump_json(EXAMPLE_RUN, 2).split("\n"))
+        return Result.text(EXAMPLE_RUN, dump_json(EXAMPLE_RUN, 2).split("\n"), ids=())
     wire, findings = examine_create(call)
     queue_is_named = call.get("queue") or environment("TOFUPILOT_QUEUE")
     if (queue_is_named or call.get("offline")) and not call.is_dry_run:
