@@ -3013,39 +3013,49 @@ def put(client, url, file, progress):
     at_storage(client, "PUT", url, file.name, file.size, headers, content if file.size else b"")
 
 
-def fetch(client, row, begin):
-    """Gets an attachment. `begin` gives, for each try, the function that takes its blocks.
+class Download:
+    """One try to get an attachment. FileFailed where it is larger or smaller than `size`.
 
-    FileFailed where it is larger or smaller than the server says.
+    `take` is called with each block; a `size` of None is not known.
     """
-    size = row.get("size")
-    is_known = is_number(size) and 0 <= size < 1 << 40
+
+    def __init__(self, name, size, take):
+        self.name = name
+        self.size = size
+        self.take = take
+        self.received = 0
+
+    def add(self, block):
+        self.received += len(block)
+        if self.size is not None and self.received > self.size:
+            raise self.wrong_size("more")
+        self.take(block)
+
+    def finish(self):
+        if self.size is not None and self.received != self.size:
+            raise self.wrong_size(self.received)
+
+    def wrong_size(self, received):
+        return storage_error(f"{self.name} has {self.size} bytes on the server, {received} came; "
+                             "not saved")
+
+
+def fetch(client, row, begin):
+    """Gets an attachment. `begin` gives, for each try, the function that takes its blocks."""
     name = printable(row.get("name"), 80)
-
-    def begin_counted():
-        take = begin()
-        received = [0]
-
-        def counted_take(block):
-            received[0] += len(block)
-            if is_known and received[0] > size:
-                raise wrong_size(name, size, "more")
-            take(block)
-        return counted_take, received
-
-    def attempt_is_whole(received):
-        if is_known and received[0] != size:
-            raise wrong_size(name, size, f"{received[0]}")
-    at_storage(client, "GET", row["download_url"], name, size if is_known else 1 << 30,
-               {"Accept": "*/*"}, begin=begin_counted, finish=attempt_is_whole)
+    size = row.get("size")
+    if not is_number(size) or not 0 <= size < 1 << 40:
+        size = None
+    most = 1 << 30 if size is None else size
+    at_storage(client, "GET", row["download_url"], name, most, {"Accept": "*/*"},
+               begin=lambda: Download(name, size, begin()))
 
 
-def wrong_size(name, size, received):
-    return storage_error(f"{name} has {size} bytes on the server, {received} came; not saved")
+def at_storage(client, method, url, name, size, headers, content=None, begin=None):
+    """Exchanges a file with the storage; FileFailed where it does not do what it should.
 
-
-def at_storage(client, method, url, name, size, headers, content=None, begin=None, finish=None):
-    """Exchanges a file with the storage; FileFailed where it does not do what it should."""
+    `begin` gives a Download for each try.
+    """
     until = time.monotonic() + UPLOAD_WINDOW
     try:
         host = check_url(url, client.allow_http, "the server gave a URL for it that").netloc
@@ -3055,7 +3065,8 @@ def at_storage(client, method, url, name, size, headers, content=None, begin=Non
     def attempt():
         if method == "PUT" and time.monotonic() > until:
             raise storage_error("its upload URL has expired", 403)
-        sink, received = begin() if begin else (None, None)
+        received = begin() if begin else None
+        sink = received.add if received else None
         budget = 60 + size / SLOWEST_FILE
         try:
             answer = client.transport.exchange(method, url, headers, content, budget, sink)
@@ -3065,8 +3076,8 @@ def at_storage(client, method, url, name, size, headers, content=None, begin=Non
             raise out_of_reach(error) from None
         if answer.status != 200:
             raise storage_refusal(answer, host, name, size)
-        if finish:
-            finish(received)
+        if received:
+            received.finish()
     client.perform(attempt)
 
 
