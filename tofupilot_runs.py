@@ -549,11 +549,14 @@ def shift_time(when, seconds):
 def unknown_time_zone():
     """The name in TZ if this machine has no data for it and takes UTC instead, else None."""
     name = os.environ.get("TZ", "").lstrip(":")
-    place = re.fullmatch(r"[A-Za-z_]+(/[A-Za-z_+-]+)*", name)
-    if not place or time.timezone or time.daylight:
+    if not re.fullmatch(r"[A-Za-z_]+(/[A-Za-z_+-]+)*", name):
         return None
     first = name.partition("/")[0]
     if first.upper() in ("UTC", "GMT", "UCT", "ETC", "ZULU", "GREENWICH", "UNIVERSAL"):
+        return None
+    if ON_WINDOWS:      # it knows no zone by its name, and takes the letters of this one for UTC
+        return name
+    if time.timezone or time.daylight:
         return None
     return name if time.tzname[0] in (first, name, "UTC", "") else None
 
@@ -730,6 +733,14 @@ def local_path(text):
     if sys.version_info >= (3, 7):
         return text
     return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
+def names_a_file(word):
+    """Whether a word is the path of something that exists."""
+    try:
+        return os.path.exists(local_path(word))
+    except ValueError:      # before Python 3.8: too long for a path, or with a NUL
+        return False
 
 
 # ---- fields --------------------------------------------------------------------------------------
@@ -6491,7 +6502,7 @@ class Arguments:
             hint = "--set key=value, or " + hint
         elif name == "metadata":
             hint = f"such as {flag_name(name)} {self.fields[name].example}; or {hint}"
-        if os.path.exists(local_path(word)) or word.endswith(".json"):
+        if names_a_file(word) or word.endswith(".json"):
             hint = f"{flag_name(name)} @{word} reads the file"
         return failure.with_note(got, hint)
 
@@ -8289,7 +8300,7 @@ def hint_for_word(path, word):
     if path == "create":
         if word.endswith(".json"):
             return f"a file is given as --body @{word}"
-        if os.path.exists(local_path(word)):
+        if names_a_file(word):
             return f"a file is given as --attach {word}, a request as --body @{word}"
     elif "queue" in [field.name for field in COMMANDS[path].fields]:
         return f"the queue is given as --queue {word}"
