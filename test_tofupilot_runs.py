@@ -12004,7 +12004,6 @@ class ReadmeRecipes(Case):
             save("files/a.png", b"png")
             save("key.txt", self.box.user_key.encode())
             self.ok("create", "--example", "--out", "run.json")
-            self.ok(*CREATE, "--offline", "--queue", "line3.queue")
             block, = self.blocks("bat")
             block = runs.replace_all(block, {
                 "py -3": f'"{sys.executable}" -B',
@@ -12014,13 +12013,14 @@ class ReadmeRecipes(Case):
             typed, _, task = block.partition("\nrem ")
             typed = typed.replace("schtasks", "rem")
             task = task.partition("\n")[2]
-            for text, created in ((typed, 1), (task, 2)):
+            for serial, text in (("SN-1", typed), ("SN-2", task)):
+                self.ok(*create(serial), "--offline", "--queue", "line3.queue")
                 lines = re.sub("(?m)(tofupilot_runs.*)$", "\\1\nif errorlevel 1 exit /b 9", text)
                 self.file("lines.cmd", lines.replace("\n", "\r\n").encode("utf-8"))
                 self.ended(self.popen("cmd", "/d", "/c", "lines.cmd"), 0)
-                self.assertGreaterEqual(len(self.stored()), created)
+            self.assertEqual(len(self.stored()), 3)
             self.assertIn(["a.png"], [self.attached(run_id) for run_id in self.stored()])
-            self.assertIn(b"0 waiting", content("send.log"))
+            self.assertIn(b"sent SN-2 PASS", content("send.log"))
 
     def test_the_example_body_can_be_sent_as_it_is(self):
         self.run_script("create", "--example", "--out", "run.json", status=0)
