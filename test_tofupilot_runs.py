@@ -8144,7 +8144,8 @@ for line in sys.stdin:
             os.environ.clear()
             os.environ.update(env)
             for number, name in enumerate([os.devnull] + sys.argv[2:]):
-                file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
+                file = os.open(name, flags, 0o600)
                 os.dup2(file, number)
                 os.close(file)
             random.seed()
@@ -10955,14 +10956,15 @@ class ExactlyOnce(QueueCase):
         return account(found, expected)
 
     def test_a_kill_at_any_statement_of_send_loses_and_doubles_nothing(self):
-        """At every second one here, at the others on the old server."""
+        """At every second one here, at the others on the old server; on Windows at half of them."""
         first = 1 if self.box.store.knows_ref else 2
-        self.assertEqual(self.kill_sends(first=first, stride=2), {})
+        stride = 2 if HAS_FORK else 4
+        self.assertEqual(self.kill_sends(first=first, stride=stride), {})
 
     def test_a_kill_while_several_lanes_send_loses_and_doubles_nothing(self):
         """Four lanes, each somewhere else, at statements spread over the pass."""
         expected = {}
-        for number in range(20, 140, 10):
+        for number in range(20, 140, 10 if HAS_FORK else 20):
             for name in "abcdef":
                 serial = f"{name}{number}"
                 files = {name + ".txt": serial.encode()}
@@ -11655,14 +11657,16 @@ class Trials(unittest.TestCase):
     def test_random_kills_and_faults_lose_and_double_nothing(self):
         for knows_ref in (False, True):
             with self.subTest(knows_ref=knows_ref):
-                trial = Trial(30, 7, knows_ref, time.time() + 60)
-                self.assert_nothing_lost(trial, 30)
+                wanted = 30 if HAS_FORK else 12
+                trial = Trial(wanted, 7, knows_ref, time.time() + 120)
+                self.assert_nothing_lost(trial, wanted)
 
     def test_a_crowd_of_writers_and_senders_that_are_killed_loses_and_doubles_nothing(self):
         for knows_ref in (False, True):
             with self.subTest(knows_ref=knows_ref):
-                trial = Trial(12, 9, knows_ref, time.time() + 60, CROWD)
-                self.assert_nothing_lost(trial, 12)
+                wanted = 12 if HAS_FORK else 6
+                trial = Trial(wanted, 9, knows_ref, time.time() + 120, CROWD)
+                self.assert_nothing_lost(trial, wanted)
 
     def test_the_account_sees_what_is_wrong(self):
         """The control of all trials."""
@@ -12592,8 +12596,9 @@ class ClassRun:
         self.output.seek(0)
         written = text_of(self.output.read())
         self.output.close()
-        text, _, counts = written.rpartition(MARK)
+        text, _, rest = written.rpartition(MARK)
         try:
+            counts = rest.partition("\n")[0]    # Python may still warn when it ends
             return text, json.loads(counts)
         except ValueError:
             status = self.process.returncode
@@ -12744,6 +12749,13 @@ class Runner(unittest.TestCase):
         text, counts = ClassRun.finish(run)
         self.assertEqual(count_text(counts), "0 passed, 1 failed")
         self.assertIn("half a report", text)
+
+    def test_what_python_says_at_its_end_is_none_of_the_counts(self):
+        """Control: read all that follows the mark."""
+        counts = {"passed": 2, "failed": 0, "skipped": 0, "reasons": {}}
+        written = MARK + json.dumps(counts) + "\nResourceWarning: unclosed socket\n"
+        run = SimpleNamespace(started=0, output=io.BytesIO(written.encode()))
+        self.assertEqual(ClassRun.finish(run), ("", counts))
 
 
 # ---- main ----------------------------------------------------------------------------------------

@@ -8379,7 +8379,8 @@ def catch_signals():
 def write_file(path, write):
     """write(stream) into a file beside this one, renamed at the end: a failure leaves the old."""
     path = os.path.realpath(local_path(path))
-    if os.path.exists(path) and not os.path.isfile(path):   # a device, a FIFO: as it is
+    is_special = os.path.exists(path) and not os.path.isfile(path)      # a device, a FIFO: as it is
+    if is_special or path.startswith("\\\\.\\"):       # NUL of Windows, which 3.6 does not find
         with open(path, "wb") as file:
             write_text_or_bytes(file, write)
         return
