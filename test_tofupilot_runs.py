@@ -5513,6 +5513,15 @@ class WrongCommandLines(Case):
         error = self.fails(6, "queue", "ls", "--queue", "folder").err
         self.assertIn("--queue " + self.at("folder", "line3.queue"), error)
 
+    def test_ids_and_files_may_follow_the_columns(self):
+        """Control: take any word with a dot for a column."""
+        run_id = self.made()
+        self.file("ids.txt", run_id.encode())
+        for words in ([run_id], ["@ids.txt"]):
+            self.assertIn(run_id, self.ok("get", "--columns", "id,outcome", *words).out)
+        self.ok(*CREATE, "--offline", "--queue", "q")
+        self.ok("queue", "move", "--queue", "q", "--columns", "moved", "line3.queue")
+
     def test_a_list_that_is_empty_is_told_with_its_file(self):
         """Control: take it for no filter. The list of a day without failures is empty."""
         self.file("my-ids.txt", b"\r\n")

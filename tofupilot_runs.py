@@ -1205,7 +1205,8 @@ GLOBAL = Record(
         "output",
         Field("json", "flag", "the server's JSON on stdout, and errors as JSON on stderr"),
         Field("format", "enum", "form of the output; xlsx is a workbook", "csv", FORMATS),
-        Field("columns", "text", "fields to show, as dotted paths", "id,unit.serial_number"),
+        Field("columns", "text", "fields to show, as dotted paths with commas and no spaces",
+              "id,unit.serial_number"),
         Field("out", "path", "write to a file, which is replaced at the end only", "runs.csv"),
         Field("q", "flag", "IDs only, whatever the format; errors are still told"),
         Field("v", "flag", "a line for each request on stderr"),
@@ -7854,7 +7855,8 @@ COMMANDS = {
             Field("serial_number", "serial", "the newest run of this unit instead", "SN-0001"),
         ) + group(
             "output",
-            Field("failed_only", "flag", "phases and measurements that failed"),
+            Field("failed_only", "flag", "phases and measurements that failed, in a table or "
+                  "spreadsheet of measurements too"),
             Field("logs", "flag", "the log lines too"),
             Field("download", "path", "save all attachments in a folder", "evidence"),
             Field("exit_status", "flag", "exit 10 unless every run is PASS"),
@@ -8267,8 +8269,8 @@ def refuse_columns_apart(command, found, words, argv):
     if not after or after[0] not in words:
         return
     word = after[0].strip(",")
-    is_column = "." in word or word in RUN_CSV_COLUMNS + MEASUREMENT_COLUMNS
-    if is_column or not command.words:
+    is_path = re.fullmatch(r"(unit|procedure|metadata)\.[\w.]+", word)
+    if is_path or word in RUN_CSV_COLUMNS + MEASUREMENT_COLUMNS or not command.words:
         columns = [found["columns"]] + words[words.index(after[0]):]
         together = ",".join(column.strip(",") for column in columns)
         raise BadInput(f"--columns: {printable(word, 60)} stands apart",
