@@ -6690,14 +6690,7 @@ def run_ls(call):
     filters = call.arguments.wire("list")
     limit = filters.pop("limit", None)
     wants_all = bool(call.get("all") or call.get("summary"))
-    call.warn_of_zone()
-    if any("," in serial for serial in filters.get("serial_numbers", ())):
-        call.console.warn("no serial number has a comma: separate serial numbers with spaces")
-    for name in ("started", "ended", "created"):
-        after = epoch(filters.get(name + "_after"))
-        before = epoch(filters.get(name + "_before"))
-        if after is not None and before is not None and after >= before:
-            call.console.warn(f"--{name}-before is not later than --{name}-after: no run can match")
+    warn_of_filters(call, filters)
     if "metadata" in re.split(r"[,.\s]", call.get("columns") or ""):
         filters.setdefault("include_metadata", True)
     if limit and call.get("all"):
@@ -6710,12 +6703,30 @@ def run_ls(call):
     if not first_page[0] and call.get("fail_empty") and not call.is_dry_run:
         raise NotFound("no run matches")
     told_pages = tell_pages(call, first_page, pages, wants_all)
-    if not call.get("summary"):
-        more = [name for name in ("metadata", "sequences") if filters.get("include_" + name)]
-        columns = [Column(name.upper(), name, 4, "shared") for name in more]
-        return Result.pages(told_pages, [*RUN_COLUMNS, *columns], RUN_CSV_COLUMNS + more)
-    document, lines = summarize(run for rows, _ in told_pages for run in rows)
-    return Result.text(document, lines, ids=(), rows=document["procedures"])
+    if call.get("summary"):
+        document, lines = summarize(run for rows, _ in told_pages for run in rows)
+        return Result.text(document, lines, ids=(), rows=document["procedures"])
+    columns = list(RUN_COLUMNS)
+    csv_columns = list(RUN_CSV_COLUMNS)
+    for name in ("metadata", "sequences"):
+        if filters.get(f"include_{name}"):
+            columns.append(Column(name.upper(), name, 4, "shared"))
+            csv_columns.append(name)
+    return Result.pages(told_pages, columns, csv_columns)
+
+
+def warn_of_filters(call, filters):
+    """Tells filters that no run can match, which would look as if there were none."""
+    call.warn_of_zone()
+    for serial_number in filters.get("serial_numbers", ()):
+        if "," in serial_number:
+            call.console.warn("no serial number has a comma: separate serial numbers with spaces")
+            break
+    for name in ("started", "ended", "created"):
+        after = epoch(filters.get(f"{name}_after"))
+        before = epoch(filters.get(f"{name}_before"))
+        if after is not None and before is not None and after >= before:
+            call.console.warn(f"--{name}-before is not later than --{name}-after: no run can match")
 
 
 def tell_pages(call, first_page, pages, wants_all):
