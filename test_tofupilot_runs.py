@@ -2592,6 +2592,16 @@ class Values(unittest.TestCase):
             with time_zone(name):
                 self.assertEqual(runs.unknown_time_zone(), expected, name)
 
+    def test_windows_knows_no_time_zone_by_its_name(self):
+        """It takes the first three letters for UTC. Control: look at the offset there too."""
+        with mock.patch.object(runs, "ON_WINDOWS", True):
+            for name, expected in (("Europe/Berlin", "Europe/Berlin"),
+                                   ("EST", "EST"),
+                                   ("UTC", None),
+                                   (NEW_YORK, None)):
+                with time_zone(name):
+                    self.assertEqual(runs.unknown_time_zone(), expected, name)
+
     def test_durations_are_read_as_people_write_them(self):
         self.table(
             runs.parse_duration, ("90s", "PT90S"), ("1.5h", "PT5400S"), ("2d", "PT172800S"),
@@ -12018,9 +12028,9 @@ class ReadmeRecipes(Case):
             save("key.txt", self.box.user_key.encode())
             self.ok("create", "--example", "--out", "run.json")
             block, = self.blocks("bat")
+            block = re.sub(r"C:\\station(\S*)", lambda place: f'"{self.folder}{place[1]}"', block)
             block = runs.replace_all(block, {
                 "py -3": f'"{sys.executable}" -B',
-                "C:\\station": self.folder,
                 "KEY=...": "KEY=" + self.box.user_key,
                 "https://www.tofupilot.app": self.box.url})
             typed, _, task = block.partition("\nrem ")
