@@ -3707,7 +3707,7 @@ CREATE INDEX file_by_entry ON file (entry);
 CREATE TABLE chunk (file INTEGER, part INTEGER, data BLOB, PRIMARY KEY (file, part))"""
 ADDED_COLUMNS = {"server": "TEXT", "suspect": "INTEGER DEFAULT 0", "status": "INTEGER",
                  "left_out": "TEXT"}    # in 1.1.0
-RECEIVED = "CREATE TABLE received (token TEXT PRIMARY KEY, at REAL)"    # since 1.1.0
+RECEIVED = "CREATE TABLE IF NOT EXISTS received (token TEXT PRIMARY KEY, at REAL)"    # since 1.1.0
 OPEN = ("waiting", "parked")            # states of what is still to be sent
 ENDED = ("sent", "moved", "fixed")      # states of receipts
 
@@ -3801,7 +3801,7 @@ class Queue:
         Looked at before SQLite touches it: that would change a file of another program that was
         not closed properly.
         """
-        with open(self.real_path, "rb") as file:
+        with open(self.real_path, "rb", buffering=0) as file:
             head = file.read(100)
         is_sqlite = head[:16] == b"SQLite format 3\0"
         has_journal = os.path.exists(self.real_path + "-journal")
@@ -3857,15 +3857,14 @@ class Queue:
 
     def missing_schema(self):
         """The statements that make this a queue file of this version."""
-        tables = {row["name"] for row in self.sql("SELECT name FROM sqlite_master")}
+        added = [name for name in ADDED_COLUMNS if name not in self.columns]
         statements = []
-        if not tables:
+        if not self.columns:
             statements += SCHEMA.split(";")
-        if "received" not in tables:
+        if added:
             statements.append(RECEIVED)
-        for name, kind in ADDED_COLUMNS.items():
-            if name not in self.columns:
-                statements.append(f"ALTER TABLE entry ADD COLUMN {name} {kind}")
+        for name in added:
+            statements.append(f"ALTER TABLE entry ADD COLUMN {name} {ADDED_COLUMNS[name]}")
         return statements
 
     def unusable(self, reason, hint="check the path, its rights and the room on the disk"):
@@ -4115,10 +4114,10 @@ class Queue:
             return there, None
         if old and not there:
             self.drop("id = ?", old["id"])
-        number, notes = self.merge(there, values, stage)
+        notes = self.merge(there, values, stage)
         if token:
             self.insert("received", token=token, at=time.time())
-        return there, Stored(self.by_number(number), stage.left_out, notes)
+        return there, Stored(self.by_ref(values["ref"]), stage.left_out, notes)
 
     def add_to_corrected(self, entry, stage):
         """The Stored of a create whose run was corrected under another ref; it may add files."""
@@ -4157,7 +4156,7 @@ class Queue:
                                 + queue_command("move", there, queue=self.path))
 
     def merge(self, old, values, stage):
-        """Makes one entry of what is there and what is new: (its number, notes for people)."""
+        """Makes one entry of what is there and what is new. Returns notes for people."""
         if old is None:
             number = stage.number
             if number is None:
@@ -4165,7 +4164,7 @@ class Queue:
             else:
                 self.change(number, **dict(values, ended_at=None))
             stage.give_to(number)
-            return number, []
+            return []
         notes = []
         number = old["id"]
         new_files = stage.missing(old)
@@ -4185,7 +4184,7 @@ class Queue:
             self.change(number, server=server)
             if old["server"]:
                 notes.append(f"it was stored for {old['server']} and goes to {server} now")
-        return number, notes
+        return notes
 
     def has_received(self, token, ref):
         """Whether the move of this ref with this token has arrived here before."""
