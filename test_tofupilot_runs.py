@@ -7626,6 +7626,22 @@ class Neighbours(HostileCase):
             self.assertEqual(after, before, flags)
 
 
+def locks_that_tell(tell):
+    """The locks of the script call a function with the seconds of each wait."""
+    class Lock:
+        def __init__(self):
+            self.lock = threading.Lock()
+            self.release = self.lock.release
+            self.locked = self.lock.locked
+
+        def acquire(self, timeout=None):
+            if timeout is None and not self.locked():
+                return self.lock.acquire()
+            tell(timeout)
+            return self.lock.acquire(timeout=timeout)
+    return mock.patch.object(runs._thread, "allocate_lock", Lock)
+
+
 class Windows(HostileCase):
     """What Windows does differently, by patches; the tests of the other classes run there too."""
 
@@ -7698,44 +7714,43 @@ class Windows(HostileCase):
         """N2. Control: interruptible() that calls its work itself on Windows too."""
         threads = []
         real = runs.Transport.http_open
+        ended, arrived = threading.Event(), threading.Event()
 
         def noted(transport, request):
-            threads.append(threading.current_thread())
-            return real(transport, request)
-        arrived = threading.Event()
+            threads.append(threading.get_ident())
+            try:
+                return real(transport, request)
+            finally:
+                ended.set()
 
-        def interrupted(thread, timeout=None):
-            self.assertTrue(arrived.wait(20))
-            raise KeyboardInterrupt
+        def interrupted(timeout):
+            if threading.current_thread() is threading.main_thread():
+                self.assertTrue(arrived.wait(20))
+                raise KeyboardInterrupt
         with mock.patch.object(runs, "ON_WINDOWS", True), \
                 mock.patch.object(runs.Transport, "http_open", noted):
             self.ok("ls")
             self.assertEqual(len(threads), 1)
-            self.assertIsNot(threads[0], threading.main_thread())
+            self.assertNotEqual(threads[0], threading.get_ident())
             self.box.fault("slow", "GET .*", event=self.box.closing)
             self.box.on_request = lambda record: arrived.set()
-            with mock.patch.object(threading.Thread, "join", interrupted):
+            ended.clear()
+            with locks_that_tell(interrupted):
                 ran = self.fails(130, "ls")
             self.assertIn("stopped by Ctrl-C", ran.err)
             if POSIX:       # its socket was shut down; Wine does not wake up who waits for it
-                threads[-1].join(20)
-                self.assertFalse(threads[-1].is_alive())
+                self.assertTrue(ended.wait(20))
 
     def test_a_wait_lets_ctrl_c_in_every_fifth_of_a_second(self):
-        """Control: Thread.join without a time, which Windows does not interrupt."""
+        """Control: a wait for the lock without a time, which Windows does not interrupt."""
         steps = []
-        real = threading.Thread.join
-
-        def noted(thread, timeout=None):
-            steps.append(timeout)
-            return real(thread, 0.001)
-        with mock.patch.object(threading.Thread, "join", noted):
-            done = threading.Event()
+        done = threading.Event()
+        with locks_that_tell(steps.append):
             wait = runs.start_thread(done.wait)
             self.assertIsNone(wait(0.01))
-            done.set()
+            threading.Timer(0.01, done.set).start()
             self.assertTrue(wait())
-        self.assertNotIn(None, steps)
+        self.assertTrue(steps)
         self.assertLessEqual(max(steps), 0.25)
 
     def test_local_times_that_windows_has_no_offset_for_are_taken(self):
@@ -8347,6 +8362,11 @@ def serials(count):
 def patch(name, *value, **more):
     """The script with another value under a name, for as long as a with block."""
     return mock.patch.object(runs, name, *value, **more)
+
+
+def without_threads():
+    """The script on a machine where no thread can be started."""
+    return mock.patch.object(runs._thread, "start_new_thread", side_effect=RuntimeError("none"))
 
 
 def patch_queue(name, *value, **more):
@@ -9631,11 +9651,10 @@ class QueueAnswers(QueueCase):
     def test_a_machine_without_threads_parks_nothing(self):
         """A thread that cannot start says nothing of the run."""
         self.offline("A")
-        with mock.patch.object(threading.Timer, "start", side_effect=RuntimeError("no thread")):
+        with without_threads():
             self.inside("queue", "send")
         self.has(waiting=1)
-        with mock.patch.object(runs.SendPass, "work", runs.SendPass.work), \
-                patch("start_thread", side_effect=RuntimeError("no thread")):
+        with patch("start_thread", side_effect=RuntimeError("no thread")):
             self.retry()
         self.intact("A")
 
@@ -11316,7 +11335,7 @@ class Stored(QueueCase):
 
     def test_no_thread_to_be_had_is_exit_0_and_the_run_waits(self):
         """Control: without the except for RuntimeError, exit 1 after the commit."""
-        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("no thread")):
+        with without_threads():
             said = self.create("A", "--json").json
         self.assertIsNone(said["id"])
         self.assertTrue(said["queued"])

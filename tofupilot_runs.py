@@ -2093,26 +2093,31 @@ def start_thread(work, *args):
     """Runs work(*args) in a thread of its own. Returns a function that waits for its result.
 
     wait() returns what work returned, or raises what it raised; wait(seconds) gives up after that
-    and returns None. It waits in short steps, as Windows lets no Ctrl-C into a long one.
+    and returns None. It waits in short steps, as Windows lets no Ctrl-C into a long one. A bare
+    thread costs half of threading.Thread: a list has one for each page.
     """
-    import threading
     outcome = {}
+    running = _thread.allocate_lock()
+    running.acquire()
 
     def run():
         try:
             outcome["result"] = work(*args)
         except BaseException as error:
             outcome["error"] = error
+        running.release()
 
     def wait(seconds=math.inf):
         until = time.monotonic() + seconds
-        while thread.is_alive() and time.monotonic() < until:
-            thread.join(min(0.2, until - time.monotonic()))
+        left = seconds
+        while running.locked() and left > 0:
+            if running.acquire(timeout=min(0.2, left)):
+                running.release()
+            left = until - time.monotonic()
         if "error" in outcome:
             raise outcome["error"]
         return outcome.get("result")
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    _thread.start_new_thread(run, ())
     return wait
 
 
@@ -2132,6 +2137,8 @@ class Exchange:
         self.budget = budget
         self.before_send = before_send
         self.deadline = time.monotonic() + budget
+        self.running = _thread.allocate_lock()      # released at its end
+        self.running.acquire()
         self.stage = "connecting"
         self.sock = None
         self.late = False
@@ -2166,9 +2173,11 @@ class Exchange:
         with contextlib.suppress(TypeError, OSError):   # not connected yet, or gone already
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
-    def time_is_over(self):
-        self.late = True
-        self.break_off()
+    def watch(self):
+        """Breaks it off when its time is over. Runs in a thread of its own."""
+        if not self.running.acquire(timeout=min(self.budget, _thread.TIMEOUT_MAX)):
+            self.late = True
+            self.break_off()
 
 
 class Transport:
@@ -2408,7 +2417,6 @@ class Transport:
         blocks of a 200's body; `before_send` is called once a connection stands, right before the
         first byte goes out. `budget`: seconds for all of it, connecting included.
         """
-        import threading
         import urllib.request
         from urllib.parse import urlsplit
         opener = self.opener_for(urlsplit(url))
@@ -2416,11 +2424,8 @@ class Transport:
                             budget or 1.5 * self.timeout, before_send)
         request = urllib.request.Request(url, headers=headers, method=method)
         request.exchange = exchange
-        seconds = min(exchange.budget, threading.TIMEOUT_MAX)
-        timer = threading.Timer(seconds, exchange.time_is_over)
-        timer.daemon = True
         try:
-            timer.start()
+            _thread.start_new_thread(exchange.watch, ())
         except RuntimeError as error:   # no thread can be started
             raise NotSent(f"this machine cannot do more at the same time: {error}") from None
         started, outcome = time.monotonic(), None
@@ -2435,7 +2440,7 @@ class Transport:
             outcome = type(error).__name__
             raise self.connection_error(exchange, error) from None
         finally:
-            timer.cancel()
+            exchange.running.release()
             if self.trace:
                 took = 1000 * (time.monotonic() - started)
                 shown = self.mask(shown_url(url))
