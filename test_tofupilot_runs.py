@@ -9393,6 +9393,13 @@ class QueueAnswers(QueueCase):
             self.assertIn(hint, reason)
             self.assertNotIn(usual, reason)     # its state says that
 
+    def test_the_facts_of_a_reason_stand_apart(self):
+        """Control: join the text of the error by blanks."""
+        error = runs.Unavailable("cannot reach it:\n  refused", "look\nthere")
+        error.with_note("proxy: none")
+        self.assertEqual(runs.reason_text(error),
+                         "cannot reach it: refused; proxy: none; look there")
+
     # the fault from the sixth of nine on: exit status, creates that arrive, sent, parked
     PASSES = {
         "401": (answer_with(401), 3, 6, 5, 0),

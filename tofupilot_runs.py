@@ -5136,10 +5136,10 @@ def entry_has_sub_units(queue, entry):
 def reason_text(error):
     """Why an entry failed, as one line that can be stored."""
     reasons = group_issues(error.issues)[:20]
-    reasons.append(" ".join(error.text.split()))
+    reasons += [error.message, *error.notes]
     if error.hint != error.usual_hint:      # it says more than that it waits, or is parked
-        reasons.append(" ".join(error.hint.split()))
-    return storable_text("; ".join(reasons))
+        reasons.append(error.hint)
+    return storable_text("; ".join(" ".join(reason.split()) for reason in reasons))
 
 
 def store(body: dict, files=(), queue: str = None, url: str = None) -> dict:
