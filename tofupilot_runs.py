@@ -3809,8 +3809,11 @@ class Queue:
         with open(self.real_path, "rb", buffering=0) as file:
             head = file.read(100)
         is_sqlite = head[:16] == b"SQLite format 3\0"
-        has_journal = os.path.exists(self.real_path + "-journal")
-        if not head or head[:16] == bytes(16) and has_journal:
+        if not head:
+            return True
+        # Only now: on Windows a look opens the journal, and one that is deleted meanwhile stays
+        # until it is closed. SQLite fails then, or takes it for hot and undoes a commit (Wine).
+        if head[:16] == bytes(16) and os.path.exists(self.real_path + "-journal"):
             return True
         schema_cookie, user_version, application_id = head[40:44], head[60:64], head[68:72]
         if is_sqlite and not any(schema_cookie + user_version + application_id):
