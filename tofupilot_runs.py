@@ -55,6 +55,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -497,6 +498,7 @@ def parse_when(text, now):
         raise error
 
 
+@functools.lru_cache(maxsize=64)    # the checks, their order and the ref ask for the same times
 def utc_parts(text):
     """(whole second in UTC, further digits) of a time with offset."""
     *parts, fraction, offset = re.fullmatch(_TIME, text).groups("")
