@@ -3147,13 +3147,14 @@ class Checks(unittest.TestCase):
         self.assertLess(self.dumps_of(body), 20)
 
     def test_unknown_fields_of_many_measurements_are_compared_once(self):
-        """Control: leave Findings.meant out."""
+        """Control: nearly_known without its cache."""
+        runs.nearly_known.cache_clear()
         body = body_with({"colour": 1})
         body["phases"][1]["measurements"] *= 300
-        with mock.patch.object(runs, "nearly_known", wraps=runs.nearly_known) as nearly_known:
+        with mock.patch.object(runs, "bare_letters", wraps=runs.bare_letters) as bare_letters:
             findings = runs.examine("create", body)[1]
         self.assertEqual(len(findings.warnings), 300)
-        self.assertEqual(nearly_known.call_count, 1)
+        self.assertEqual(bare_letters.call_count, 1 + len(runs.MEASUREMENT.names))
 
     def test_problems_of_one_kind_are_told_once_with_their_count(self):
         """Control: leave group_issues out of the text of an error."""
@@ -3613,6 +3614,14 @@ class Answers(Case):
         self.assertRegex(self.fails(6, "ls", "-v", *ONCE).err, r"GET \S+ \w+ \d+ ms\n")
 
 
+    def test_a_url_without_a_path_and_an_odd_issue_are_no_bug(self):
+        """Control: take a URL apart by its slashes; take the place in an issue as it is."""
+        self.assertEqual(runs.shown_url("https://s3.example.com?sig=1"), "")
+        self.says("DELETE /v2/runs", {"message": "no", "issues": [
+            {"path": ["ids", 7], "message": "is not an ID"}]}, status=400)
+        self.fails(5, "rm", "a", "--yes")
+
+
 class Waits(Case):
     """How long is waited between two tries."""
 
@@ -3844,6 +3853,26 @@ class PagesAhead(Case):
 
     def ids(self, **options):
         return [int(row["id"]) for row in self.client().iterate(page_size=10, **options)]
+
+    def test_a_server_that_gives_more_rows_than_asked_for(self):
+        """Control: count the limit below 0, and the next page is asked for with it."""
+        def page(client, cursor):
+            rows = [{"id": str(cursor + number)} for number in range(10)]
+            return {"data": rows, "meta": {"has_more": True, "next_cursor": cursor + 10}}
+        cursors = self.server(100, page)
+        self.assertEqual(len(self.ids(limit=4)), 10)
+        self.assertEqual(cursors, [0])
+        self.assertEqual(self.ids(limit=0), [])
+
+    def test_without_a_thread_the_pages_come_one_after_the_other(self):
+        """Control: without the suppress in PageReader.read the list ends there."""
+        cursors = self.server(35)
+
+        def no_thread(*_):
+            raise RuntimeError("can't start new thread")
+        with patch("start_thread", no_thread):
+            self.assertEqual(self.ids(), list(range(35)))
+        self.assertEqual(cursors, [0, 10, 20, 30])
 
     def test_pages_that_arrive_in_another_order_are_given_in_theirs(self):
         """Control: ask for one page at a time: the first waits for the last in vain."""
@@ -4122,6 +4151,20 @@ class Module(Case):
 
 
 # ---- tests: files --------------------------------------------------------------------------------
+
+    def test_one_path_alone_is_a_list_of_one(self):
+        """Control: take the letters of the path for paths."""
+        path = self.file("log.txt", b"x")
+        stored = runs.store(BODY, path, queue=self.at("q"))
+        self.assertEqual(stored["problems"], [])
+        run_id = self.made()
+        self.assertEqual(len(self.client().attach(run_id, path)), 1)
+
+    def test_a_key_of_metadata_that_is_no_text_is_told(self):
+        """Control: JSON would sort it beside the others: TypeError."""
+        with self.assertRaisesRegex(runs.BadInput, "metadata.1: a key must be text"):
+            self.client().create(**dict(BODY, metadata={1: "a", "b": 2}))
+
 
 class Attaching(Case):
     """Files go up once, whole, without the key, and are linked last."""
@@ -4684,7 +4727,7 @@ class Getting(Case):
         report = self.ok("get", one, two).out
         self.assertEqual(report.count("Burn-in"), 2)
         ran = self.fails(2, "get", one, "--ids", two)
-        self.assertIn("exclude each other", ran.err)
+        self.assertIn("cannot be combined", ran.err)
         for data in (b"", b"\n \r\n", b"\xef\xbb\xbf"):
             self.fails(2, "get", "-", input=data)
 
@@ -4906,6 +4949,13 @@ class Getting(Case):
 class Creating(Case):
     """create without a queue."""
 
+    def test_a_list_of_another_form_ends_no_create_that_is_stored(self):
+        """Control: Client.list without read_page: KeyError, and the ID is told nowhere."""
+        self.says("GET /v2/runs", {"runs": []})
+        ran = self.ok(*CREATE)
+        self.assertIn("Created run", ran.out)
+        self.assertEqual(self.fails(6, "get", "--serial-number", "A").out, "")
+
     def test_the_same_create_twice_is_one_run_and_another_content_another(self):
         local = ["--started-at", "2026-05-19T10:00:00.0+02:00", "--ended-at", END]
         failed = json.dumps(dict(BODY, outcome="FAIL"))
@@ -5053,6 +5103,14 @@ class Metadata(Case):
         self.ok("update-metadata", "--id", run_id, "--metadata", '{"lot": null, "d": true}')
         self.assertEqual(self.client().get(run_id)["metadata"], {"a": 5, "c": "1.10", "d": True})
 
+    def test_metadata_of_a_wrong_form_is_told_beside_set_and_unset_too(self):
+        """Control: take what is false for no metadata, or look for keys in whatever it is."""
+        for metadata in ("[]", "0", "false"):
+            for more in (["--set", "b=1"], ["--unset", "b"]):
+                ran = self.fails(2, "update-metadata", NOBODY, "--metadata", metadata, *more)
+                self.assertIn("--metadata: must be a JSON object", ran.err)
+        self.assertEqual(self.sent(), [])
+
     def test_one_key_cannot_be_set_and_deleted(self):
         """Control: let one of them win unseen."""
         for words in (
@@ -5152,6 +5210,17 @@ class StationCheck(Case):
                 self.assertEqual(row["error"]["type"], "error")
                 found[row["name"]] = row["text"], row["error"]["hint"]
         return found
+
+    def test_each_wait_of_check_is_announced(self):
+        """Control: leave notify as Station has it."""
+        self.says("GET /v2/whoami", {"message": "later"}, status=503, times=1)
+        self.assertIn("next try in", self.ok("check").err)
+
+    def test_a_dry_run_of_check_shows_its_request(self):
+        """Control: a DryRun that is no Transport has no proxy_for."""
+        ran = self.ok("check", "--dry-run")
+        self.assertIn("/v2/whoami", ran.out)
+        self.assertEqual(self.sent(), [])
 
     def test_a_station_that_is_set_up_is_told_with_all_that_it_has(self):
         out = self.ok("check").out
@@ -5613,6 +5682,18 @@ class WrongCommandLines(Case):
 class CommandLine(Case):
     """What a flag means, where it stands, and what is said about failures."""
 
+    def test_flags_without_a_command_are_told(self):
+        """Control: take the None of argparse for a word."""
+        error = self.fails(2, "--json").error
+        self.assertEqual(error["message"], "a command is missing")
+        self.assertIn("a command is missing", self.fails(2, "-q").err)
+
+    def test_stdin_that_cannot_be_read_is_told(self):
+        """Control: read stdin outside of the try: make room, or check the path."""
+        with open("f", "w") as file:
+            ran = self.run_script("create", "--body", "-", status=2, stdin=file, input=None)
+        self.assertIn("--body: cannot read stdin", ran.err)
+
     def test_global_flags_stand_anywhere_and_in_any_case(self):
         self.ok(*CREATE, "--offline", *QUEUE)
         found = self.ok("queue", "--json", "ls", *QUEUE).json
@@ -5785,9 +5866,13 @@ class OutputThatHolds(Case):
     def test_a_wrong_name_after_out_is_no_closed_pipe(self):
         """Control: forgive EINVAL whatever it is about: exit 0, no file, no message."""
         error = OSError(errno.EINVAL, "Invalid argument")
-        self.assertTrue(runs.is_closed_pipe(error))
-        error.filename = "a?b"
-        self.assertFalse(runs.is_closed_pipe(error))
+        with mock.patch.object(runs, "ON_WINDOWS", True):
+            self.assertTrue(runs.is_closed_pipe(error))
+            error.filename = "a?b"
+            self.assertFalse(runs.is_closed_pipe(error))
+        error.filename = None
+        with mock.patch.object(runs, "ON_WINDOWS", False):
+            self.assertFalse(runs.is_closed_pipe(error))
         os.mkdir("folder")
         for path in ("folder", os.path.join("none", "r.csv")):
             for more in ((), ("--json",)):
@@ -6428,6 +6513,20 @@ class ReasonsTold(SecretCase):
             self.assertEqual(len(self.sent()), count, (args, kind))
 
 
+    def test_nothing_is_sent_when_the_time_ran_out_in_a_handshake(self):
+        """Its shutdown does not end one. Control: without the look at late it is sent."""
+        exchange = runs.Exchange("POST", self.box.url + "/x", b"{}", None, 5, 5, None)
+
+        class SlowConnection:
+            sock = None
+
+            def connect(self):
+                exchange.late = True
+        with self.assertRaises(EOFError):
+            runs.Transport().exchange_on(SlowConnection(), exchange, None, {})
+        self.assertEqual(exchange.stage, "connecting")
+
+
 class HostileText(HostileCase):
     """What a server, a file name or a word holds cannot move a cursor or forge a line."""
 
@@ -6916,6 +7015,18 @@ class Proxies(ProxyCase):
         patched = mock.patch.object(runs.Transport, "make_context", lambda transport: context)
         patched.start()
         self.addCleanup(patched.stop)
+
+    def test_a_proxy_for_both_schemes_is_taken_for_both(self):
+        """Control: keep an opener for each proxy; it knows one scheme alone."""
+        address = "http://" + self.peer.host
+        transport = runs.Transport()
+        with mock.patch.dict(os.environ, {"http_proxy": address, "https_proxy": address}):
+            for scheme in ("https", "http"):
+                opener = transport.opener_for(urlsplit(f"{scheme}://other.example/"))
+                proxies = {}
+                for handler in opener.handlers:
+                    proxies.update(getattr(handler, "proxies", {}))
+                self.assertEqual(proxies, {scheme: address})
 
     def test_nothing_for_this_machine_goes_to_a_proxy(self):
         """Control: without is_this_machine in proxy_for the proxy reads the key."""
@@ -7707,7 +7818,8 @@ class Windows(HostileCase):
                      ["queue", "--help"]):
             err = io.StringIO()
             with mock.patch.multiple(sys, stdout=closed, stderr=err):
-                self.assertEqual(runs.main(args), 0)
+                with mock.patch.object(runs, "ON_WINDOWS", True):
+                    self.assertEqual(runs.main(args), 0)
             self.assertEqual(err.getvalue(), "")
 
     def test_a_wait_for_the_network_is_in_a_thread_and_ctrl_c_ends_it(self):
@@ -8996,6 +9108,24 @@ class ContentOfRuns(QueueCase):
             runs.store(BODY, queue=self.at("missing", "q"))
 
 
+    def test_a_date_that_is_none_is_told_with_a_ref_of_ones_own_too(self):
+        """Control: without the suppress in read_relative_times it is a bug, and not stored."""
+        words = ["--outcome", "PASS", "--procedure-id", "p", "--serial-number", "A",
+                 "--started-at", "2026-13-45", "--ended-at", END, "--client-run-ref", "R"]
+        ran = self.fails(5, "create", *words, "--offline")
+        self.assertIn("Parked R", ran.out)
+        self.nameless("TOFUPILOT_QUEUE")
+        ran = self.fails(2, "create", *words)
+        self.assertIn("--started-at", ran.err)
+
+    def test_a_run_that_was_parked_and_is_on_the_server_is_already_there(self):
+        """Control: created_lines that takes both times for granted."""
+        words = ["create", "--serial-number", "A", "--started-at", BEGIN, "--queue", self.path]
+        self.fails(5, *words)
+        self.sql("UPDATE entry SET state = 'sent', run_id = 'r', origin = ?", self.box.url)
+        ran = self.ok(*words)
+        self.assertIn("Already there: run r", ran.out)
+
 class Fixing(QueueCase):
     """queue fix: what surely is not on a server is corrected in place."""
 
@@ -9283,6 +9413,21 @@ def answer_with(status, times=None):
 def page_with(status, times=None):
     """The fault of a page that is not the API's, such as of a proxy."""
     return "status", {"status": status, "times": times, "body": b"<h1>no</h1>", "headers": HTML}
+
+
+    def test_a_retry_that_is_refused_changes_nothing(self):
+        """Control: write the server before the login is looked up."""
+        self.offline("A")
+        before = self.entry("A")
+        self.retry(2, "--url", "htps://typo")
+        self.assertEqual(self.entry("A"), before)
+
+    def test_a_dry_run_leaves_out_what_is_for_another_server(self):
+        """Control: show all that waits."""
+        self.offline("A")
+        ran = self.send(0, "--dry-run", "--url", "https://other.example")
+        self.assertEqual(ran.out, "")
+        self.assertIn("waits for " + self.box.url, ran.err)
 
 
 class QueueAnswers(QueueCase):
@@ -9799,18 +9944,18 @@ class CommandsBesideAPass(QueueCase):
         self.assertEqual((entry["tries"], entry["error"]), (0, None))
 
     def test_a_retry_does_not_make_a_receipt_wait_again(self):
-        """Control: make_ready() that changes the row whatever its state is by then."""
+        """Control: Queue.retry that changes the row whatever its state is by then."""
         self.keep("A", "--part-number", "no part", status=5)
         self.has(parked=1)
 
         def sent_meanwhile():
             self.sql("UPDATE entry SET state = 'sent', body = NULL, run_id = 'x'")
-        real = runs.make_ready
+        real = runs.Queue.retry
 
-        def ready(call, queue, entry, is_named):
+        def retry(queue, number):
             sent_meanwhile()
-            return real(call, queue, entry, is_named)
-        with patch("make_ready", ready):
+            return real(queue, number)
+        with mock.patch.object(runs.Queue, "retry", retry):
             self.retry(0, self.entry("A")["ref"])
         self.has(sent=1)
 
@@ -9932,6 +10077,24 @@ class QueueLocks(QueueCase):
         ran = self.keep("A", env=env, status=6)
         self.assertRegex(ran.err, said + "(.|\n)*NOT stored")
         self.send(6, env=env)
+
+    def test_a_second_opener_of_a_new_file_makes_it_as_the_first_would(self):
+        """Control: set auto_vacuum only where no other thread has the file open."""
+        save(self.path, b"")
+        info = os.stat(self.path)
+        opened = runs.queues_of_this_process()
+        with mock.patch.dict(opened.counts, {(info.st_dev, info.st_ino): 1}):
+            with runs.Queue(self.path) as queue:
+                self.assertEqual(queue.sql("PRAGMA auto_vacuum")[0][0], 2)
+
+    def test_a_queue_that_is_open_is_read_by_no_other_way(self):
+        """Closing it would drop its locks. Control: without is_open_queue it is attached."""
+        self.offline("A")
+        with runs.Queue(self.path):
+            with self.assertRaisesRegex(runs.BadInput, "a queue that is in use"):
+                runs.LocalFile(self.path)
+        stored = runs.store(body_of("B"), [self.path], queue=self.path)
+        self.assertIn("left out", stored["problems"][0])
 
     @unittest.skipUnless(POSIX, "links need rights on Windows")
     def test_a_link_leads_to_the_same_lock(self):
@@ -10373,6 +10536,30 @@ class StoringFiles(QueueCase):
         patched = mock.patch.multiple(runs, SMALL=self.SMALL, BLOCK=1 << 10)
         patched.start()
         self.addCleanup(patched.stop)
+
+    def test_of_two_large_files_of_one_name_the_whole_one_stays(self):
+        """The other becomes shorter. Control: drop by the name."""
+        files = []
+        for folder in ("a", "b"):
+            os.mkdir(folder)
+            save(os.path.join(folder, "x.log"), b"x" * 5000)
+            files.append(runs.LocalFile(os.path.join(folder, "x.log")))
+        save(os.path.join("b", "x.log"), b"x")
+        with runs.Queue(self.path) as queue:
+            stored = queue.store(body_of("A"), files)
+            self.assertEqual(len(stored.left_out), 1)
+            kept, = queue.files(stored.entry["id"])
+            kept.require_intact()
+
+    def test_a_copy_that_cannot_begin_leaves_no_lock(self):
+        """Control: close the lock only where the entry was made."""
+        with runs.Queue(self.path) as queue:
+            full = queue.unusable("database or disk is full")
+            with patch_queue("insert", side_effect=full):
+                with self.assertRaises(runs.Unavailable) as raised:
+                    queue.store(body_of("A"), [runs.MemoryFile("x", b"x" * 5000)])
+            self.assertIs(raised.exception, full)
+            self.sql("BEGIN EXCLUSIVE", path=self.path + ".storing")
 
     def test_a_kill_at_any_statement_stores_all_or_nothing(self):
         """Control: without the state storing (or the transaction) half an entry can be sent."""

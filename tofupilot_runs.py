@@ -501,14 +501,29 @@ def parse_when(text, now):
 @functools.lru_cache(maxsize=64)    # the checks, their order and the ref ask for the same times
 def utc_parts(text):
     """(whole second in UTC, further digits) of a time with offset."""
-    *parts, fraction, offset = re.fullmatch(_TIME, text).groups("")
-    numbers = [int(part or 0) for part in parts]
-    when = datetime.datetime(*numbers, tzinfo=_UTC)
-    if offset and offset not in "Zz":
-        sign = offset[0]
-        minutes = int(sign + (offset[3:].lstrip(":") or "0"))
-        when -= datetime.timedelta(hours=int(offset[:3]), minutes=minutes)
-    return when, fraction[1:].rstrip("0")
+    match = re.fullmatch(_TIME, text)
+    *parts, fraction, offset = match.groups()
+    numbers = []
+    for part in parts:
+        numbers.append(int(part or 0))
+    local = datetime.datetime(*numbers, tzinfo=_UTC)
+    utc = local - offset_length(offset)
+    digits = fraction or ""
+    return utc, digits[1:].rstrip("0")
+
+
+def offset_length(text):
+    """+02:00, +0200, +02, Z or None as a timedelta."""
+    if not text or text in "Zz":
+        return datetime.timedelta(0)
+    sign = text[0]
+    minutes = text[3:].lstrip(":")
+    length = datetime.timedelta(
+        hours=int(text[1:3]),
+        minutes=int(minutes or 0))
+    if sign == "-":
+        return -length
+    return length
 
 
 def utc_text(text):
@@ -1351,26 +1366,25 @@ class Findings:
         self.keeps_unknown = keeps_unknown      # else an unknown field is a problem
         self.problems = []
         self.warnings = []
-        self.meant = {}     # (record, unknown name): the field that was meant, or None
 
     def unknown_field(self, record, name, path):
         """A field that the table does not know: newer servers may, unless it is nearly a known."""
-        key = (record, name)
-        if key not in self.meant:
-            is_returned = name in RETURNED.get(record, ())
-            self.meant[key] = None if is_returned else nearly_known(name, record.names)
-        if self.meant[key]:
-            self.problems.append(f"{path}: unknown field, did you mean {self.meant[key]}?")
+        meant = None
+        if name not in RETURNED.get(record, ()):
+            meant = nearly_known(name, record.names)
+        if meant:
+            self.problems.append(f"{path}: unknown field, did you mean {meant}?")
         elif self.keeps_unknown:
             self.warnings.append(f"{path}: unknown field, sent as it is")
         else:
             self.problems.append(f"{path}: unknown field")
 
 
+@functools.lru_cache(maxsize=1000)
 def nearly_known(name, known):
     """The known name that an unknown one is nearly, or None.
 
-    >>> nearly_known("measurments", ["name", "measurements"]), nearly_known("colour", ["name"])
+    >>> nearly_known("measurments", ("name", "measurements")), nearly_known("colour", ("name",))
     ('measurements', None)
     """
     if not isinstance(name, str):
@@ -1394,25 +1408,28 @@ def bare_letters(name):
 def within_slips(word, other, most):
     """Whether so many slips make one word of the other.
 
-    A slip is a letter that is missing, added or wrong, or two neighbours that changed places.
-    `costs[i][j]`: the slips between the first i letters of one and the first j of the other.
+    A slip is a letter too many, missing or wrong, or two neighbours that changed places.
     """
-    if abs(len(word) - len(other)) > most:
+    words = [word, other]
+    start = len(os.path.commonprefix(words))
+    word = word[start:]
+    other = other[start:]
+    if word == other:
+        return True
+    if most == 0:
         return False
-    costs = [list(range(len(other) + 1))]
-    for i in range(1, len(word) + 1):
-        row = [i]
-        for j in range(1, len(other) + 1):
-            is_wrong = word[i - 1] != other[j - 1]
-            cost = costs[i - 1][j - 1] + is_wrong
-            cost = min(cost, costs[i - 1][j] + 1)
-            cost = min(cost, row[j - 1] + 1)
-            neighbours = word[i - 2:i]
-            if min(i, j) > 1 and neighbours == other[j - 1] + other[j - 2]:
-                cost = min(cost, costs[i - 2][j - 2] + 1)
-            row.append(cost)
-        costs.append(row)
-    return costs[-1][-1] <= most
+    rests = [
+        (word[1:], other),          # a letter too many
+        (word, other[1:]),          # one is missing
+        (word[1:], other[1:]),      # one is wrong
+    ]
+    swapped = other[1::-1]
+    if word[:2] == swapped:
+        rests.append((word[2:], other[2:]))
+    for left, right in rests:
+        if within_slips(left, right, most - 1):
+            return True
+    return False
 
 
 def check_record(record, value, path, findings, begin=None):
@@ -1568,6 +1585,8 @@ def check_keys(value, path, findings):
         text = str(key)
         if len(text) > 40 or not re.fullmatch(_IDENTIFIER, text):
             findings.problems.append(f"{name}: a key has 1 to 40 letters, digits and _ . : + -")
+        if not isinstance(key, str):
+            findings.problems.append(f"{name}: a key must be text")
         if item is not None:
             check_one(SCALAR, item, name, findings)
         if isinstance(item, str) and len(item) > 50000:
@@ -2060,7 +2079,7 @@ def named_server(url, allow_http, warn):
     written = url or environment("TOFUPILOT_URL")
     if written is None:
         try:
-            written = read_credentials(warn)[1].get("base_url")
+            written = read_credentials(lambda text: None)[1].get("base_url")
         except AccessDenied as error:
             warn(error.text)
     if not isinstance(written, str) or not written.strip():
@@ -2196,7 +2215,6 @@ class Transport:
         self.ca_cert = ca_cert
         self.trace = trace
         self.context = None
-        self.openers = {}           # by proxy
         self.pool = {}              # kept connections, by scheme, host and tunnel
         self.pid = os.getpid()
         self.secrets = {}           # what must not be shown: what stands in its place
@@ -2285,14 +2303,13 @@ class Transport:
         """What opens a URL: through its proxy, with the connections that are kept here."""
         import urllib.request
         proxy = self.proxy_for(parts)
-        if proxy not in self.openers:
-            kept = urllib.request.BaseHandler()
-            kept.http_open = kept.https_open = self.http_open
-            opener = urllib.request.OpenerDirector()
-            opener.add_handler(urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {}))
-            opener.add_handler(kept)
-            self.openers[proxy] = opener
-        return self.openers[proxy]
+        proxies = {parts.scheme: proxy} if proxy else {}
+        kept = urllib.request.BaseHandler()
+        kept.http_open = kept.https_open = self.http_open
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(urllib.request.ProxyHandler(proxies))
+        opener.add_handler(kept)
+        return opener
 
     def make_context(self):
         """TLS 1.2 or newer, the system's certificates and the private CA."""
@@ -2325,7 +2342,6 @@ class Transport:
             connection = http.client.HTTPSConnection(request.host, context=self.context)
         else:
             connection = http.client.HTTPConnection(request.host)
-        connection.timeout = min(CONNECT_TIMEOUT, request.timeout)
         connection._create_connection = request.exchange.connect
         if request._tunnel_host:
             connection.set_tunnel(request._tunnel_host, headers=proxy_headers)
@@ -2363,6 +2379,8 @@ class Transport:
         if exchange.stage == "connecting":
             connection.connect()
         exchange.sock = connection.sock
+        if exchange.late:       # during a handshake, which a shutdown does not end
+            raise EOFError
         exchange.sock.settimeout(request.timeout)
         if exchange.before_send:
             exchange.before_send()
@@ -2387,8 +2405,9 @@ class Transport:
 
     def read(self, exchange, response):
         """The Answer of a response; the exchange's sink takes the body of a 200, in blocks."""
+        from urllib.parse import urlsplit
         status = response.status
-        host = exchange.url.split("/")[2]
+        host = urlsplit(exchange.url).netloc
         if response.getheader("Content-Encoding", "identity").lower() != "identity":
             raise not_the_api(host, status, "an encoding not asked for")
         sink = exchange.sink if status == 200 else None
@@ -2494,24 +2513,13 @@ class Transport:
         return self.mask(reason)[:200], later, True
 
 
-class DryRun:
+class DryRun(Transport):
     """Stands in for a Transport: keeps each request to be printed, and sends nothing."""
     is_dry_run = True
-    server_clock = None
-    was_overloaded = False
-    ca_cert = None
 
     def __init__(self):
+        super().__init__()
         self.requests = []      # {"method", "url", "body"}
-
-    def hide(self, secret, word):
-        """There is no peer that could say it back."""
-
-    def mask(self, text):
-        return text
-
-    def close(self):
-        """There is nothing to close."""
 
     def exchange(self, method, url, headers, content=None, budget=None, sink=None,
                  before_send=None):
@@ -2558,10 +2566,11 @@ def interruptible(exchange, work, *args):
 
 def shown_url(url):
     """A URL for a log: without the host, and without the query of the storage's signed URLs."""
-    path, _, query = url.split("/", 3)[3].partition("?")
-    if query and path.endswith("/v2/runs"):
-        return printable(f"/{path}?{query}")
-    return printable("/" + path)
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    if parts.query and parts.path.endswith("/v2/runs"):
+        return printable(f"{parts.path}?{parts.query}")
+    return printable(parts.path)
 
 
 def without_login(proxy):
@@ -2703,6 +2712,37 @@ def issue_text(issue):
 
 # ---- files ---------------------------------------------------------------------------------------
 
+class OpenQueues:
+    """The queue files that this process has open: how often, by (device, inode).
+
+    A second descriptor of such a file would, when it is closed, drop the locks of the whole
+    process.
+    """
+
+    def __init__(self):
+        self.pid = os.getpid()
+        self.lock = _thread.allocate_lock()
+        self.counts = collections.Counter()
+
+
+open_queues = OpenQueues()
+
+
+def queues_of_this_process():
+    """The OpenQueues; after a fork new ones, as another thread may have held the lock."""
+    global open_queues
+    if open_queues.pid != os.getpid():
+        open_queues = OpenQueues()
+    return open_queues
+
+
+def is_open_queue(path):
+    """Whether a file is a queue that this process has open."""
+    state = os.stat(path)
+    key = (state.st_dev, state.st_ino)
+    return queues_of_this_process().counts[key] > 0
+
+
 class LocalFile:
     """A regular file that is to be attached, with the bytes that it has now.
 
@@ -2739,6 +2779,8 @@ class LocalFile:
         try:
             if os.path.isdir(self.path):
                 raise BadInput(f"{self.path} is a folder", "name the files in it")
+            if is_open_queue(self.path):
+                raise BadInput(f"{self.path} is a queue that is in use")
             number = os.open(self.path, flags)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -2791,6 +2833,11 @@ class MemoryFile(LocalFile):
     def open(self):
         import io
         return io.BytesIO(self.data)
+
+
+def path_list(paths):
+    """A list of paths; one alone is a list of one."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
 def content_type(name):
@@ -3021,6 +3068,9 @@ def upload(client, file, progress):
 
 def put(client, url, file, progress):
     """PUTs a file to its presigned URL; the key does not go there."""
+    until = time.monotonic() + UPLOAD_WINDOW
+    headers = {"Content-Type": content_type(file.name), "Content-Length": str(file.size)}
+
     def content():
         sent = 0
         for block in file.blocks():
@@ -3028,75 +3078,78 @@ def put(client, url, file, progress):
             sent += len(block)
             if progress:
                 progress(file, sent)
-    headers = {"Content-Type": content_type(file.name), "Content-Length": str(file.size)}
-    at_storage(client, "PUT", url, file.name, file.size, headers, content if file.size else b"")
+
+    def exchange(budget):
+        if time.monotonic() > until:
+            raise storage_error("its upload URL has expired", 403)
+        body = content if file.size else b""
+        return client.transport.exchange("PUT", url, headers, body, budget)
+    at_storage(client, url, file.name, file.size, exchange)
 
 
-class Download:
-    """One try to get an attachment. FileFailed where it is larger or smaller than `size`.
+class Meter:
+    """Passes blocks on, and counts them: a file must have the size that the server says."""
 
-    `take` is called with each block; a `size` of None is not known.
-    """
-
-    def __init__(self, name, size, take):
+    def __init__(self, name, size, take_block):
         self.name = name
-        self.size = size
-        self.take = take
+        self.size = size        # None where it is not known
+        self.take_block = take_block
         self.received = 0
 
-    def add(self, block):
+    def take(self, block):
         self.received += len(block)
         if self.size is not None and self.received > self.size:
-            raise self.wrong_size("more")
-        self.take(block)
+            raise wrong_size(self.name, self.size, "more")
+        self.take_block(block)
 
-    def finish(self):
-        if self.size is not None and self.received != self.size:
-            raise self.wrong_size(self.received)
-
-    def wrong_size(self, received):
-        return storage_error(f"{self.name} has {self.size} bytes on the server, {received} came; "
-                             "not saved")
+    def require_whole(self):
+        if self.size not in (None, self.received):
+            raise wrong_size(self.name, self.size, self.received)
 
 
 def fetch(client, row, begin):
-    """Gets an attachment. `begin` gives, for each try, the function that takes its blocks."""
+    """Gets an attachment. `begin` gives, for each try, the function that takes its blocks.
+
+    FileFailed where it is larger or smaller than the server says.
+    """
+    url = row["download_url"]
     name = printable(row.get("name"), 80)
     size = row.get("size")
     if not is_number(size) or not 0 <= size < 1 << 40:
         size = None
-    most = 1 << 30 if size is None else size
-    at_storage(client, "GET", row["download_url"], name, most, {"Accept": "*/*"},
-               begin=lambda: Download(name, size, begin()))
+
+    def exchange(budget):
+        meter = Meter(name, size, begin())
+        headers = {"Accept": "*/*"}
+        answer = client.transport.exchange("GET", url, headers, None, budget, meter.take)
+        if answer.status == 200:
+            meter.require_whole()
+        return answer
+    at_storage(client, url, name, size or 1 << 30, exchange)
 
 
-def at_storage(client, method, url, name, size, headers, content=None, begin=None):
-    """Exchanges a file with the storage; FileFailed where it does not do what it should.
+def wrong_size(name, size, received):
+    return storage_error(f"{name} has {size} bytes on the server, {received} came; not saved")
 
-    `begin` gives a Download for each try.
-    """
-    until = time.monotonic() + UPLOAD_WINDOW
+
+def at_storage(client, url, name, size, exchange):
+    """exchange(seconds) with the storage, which gives an Answer; FileFailed where it fails."""
     try:
-        host = check_url(url, client.allow_http, "the server gave a URL for it that").netloc
+        parts = check_url(url, client.allow_http, "the server gave a URL for it that")
     except ValueError as error:
-        raise storage_error(first_line(str(error))) from None
+        reason = first_line(str(error))
+        raise storage_error(reason) from None
+    budget = 60 + size / SLOWEST_FILE
 
     def attempt():
-        if method == "PUT" and time.monotonic() > until:
-            raise storage_error("its upload URL has expired", 403)
-        received = begin() if begin else None
-        sink = received.add if received else None
-        budget = 60 + size / SLOWEST_FILE
         try:
-            answer = client.transport.exchange(method, url, headers, content, budget, sink)
+            answer = exchange(budget)
         except FileFailed:
             raise
         except Unavailable as error:
             raise out_of_reach(error) from None
         if answer.status != 200:
-            raise storage_refusal(answer, host, name, size)
-        if received:
-            received.finish()
+            raise storage_refusal(answer, parts.netloc, name, size)
     client.perform(attempt)
 
 
@@ -3124,7 +3177,7 @@ def out_of_reach(error):
 
 def storage_error(reason, status=None):
     error = FileFailed(f"the storage of the files: {reason}",
-                           "run the same command again later: only what is missing goes up", status)
+                       "run the same command again later: only what is missing goes up", status)
     error.retryable = status in (408, 425, 429) or (status or 0) >= 500
     return error
 
@@ -3208,7 +3261,9 @@ class Client:
 
     def list(self, **filters) -> dict:
         """One page: {"data": [run, ...], "meta": {"has_more", "next_cursor"}}."""
-        return self.call("list", filters)
+        page = self.call("list", filters)
+        read_page(page, filters.get("cursor"))
+        return page
 
     def iterate(self, limit: int = None, page_size: int = 100, **filters):
         """Runs, page after page; all of them, or `limit`."""
@@ -3222,6 +3277,8 @@ class Client:
         """
         filters = check("list", filters)
         cursor = filters.pop("cursor", None)
+        if limit == 0:
+            return
         recent = collections.deque(maxlen=10)
         with contextlib.closing(PageReader(self, filters, page_size)) as reader:
             while True:
@@ -3235,7 +3292,8 @@ class Client:
                 recent.append({str(row.get("id")) for row in rows})
                 yield fresh, meta
                 cursor = meta.get("next_cursor")
-                limit = limit and limit - len(fresh)
+                if limit is not None:
+                    limit = max(limit - len(fresh), 0)      # a server may give more than asked
                 if not meta.get("has_more") or limit == 0:
                     return
 
@@ -3252,7 +3310,7 @@ class Client:
 
         A file that the run has already, by its name, size and bytes, does not go up again.
         """
-        files = [LocalFile(path) for path in paths]
+        files = [LocalFile(path) for path in path_list(paths)]
         attach(self, run_id, files)
         return [{"id": file.upload_id, "name": file.name} for file in files]
 
@@ -3368,36 +3426,18 @@ class Client:
         `repeatable`: whether it may be sent once more after it may have arrived. `before_resend` is
         called before that: what it returns, if not None, is the result, and nothing is sent again.
         """
-        retries = self.retries if retries is None else retries
-        waits = [] if self.waits is None else self.waits
-        started = time.monotonic()
-        tries, maybe_sent, had_free_retry = 0, False, False
+        if retries is None:
+            retries = self.retries
+        tries = Tries(self, retries, repeatable)
         while True:
             try:
                 return attempt()
             except NotFound as error:
-                error.after_unanswered_try = maybe_sent and tries > 0
+                error.after_unanswered_try = tries.maybe_sent and tries.count > 0
                 raise
             except Unavailable as error:
-                # A kept connection that had died costs no try, the first time.
-                free_retry = error.reused and repeatable and not had_free_retry
-                had_free_retry = had_free_retry or free_retry
-                maybe_sent = maybe_sent or error.maybe_sent
-                wait = 0
-                if not free_retry:
-                    tries += 1
-                    wait = delay(tries, 1, error.retry_after)
-                    allowed = error.retryable and (repeatable or not error.maybe_sent)
-                    if not allowed or tries > retries or sum(waits) + wait > MAX_TOTAL_WAIT:
-                        if tries > 1:
-                            took = time.monotonic() - started
-                            error.message += f" ({tries} tries in {took:.0f} s)"
-                        error.maybe_sent = maybe_sent
-                        raise
-                    self.notify(f"{error.message}; next try in {wait:.1f} s")
-                    time.sleep(wait)
-                    waits.append(wait)
-            if before_resend is not None and maybe_sent:
+                tries.wait_after(error)     # raises it where no other try is allowed
+            if before_resend is not None and tries.maybe_sent:
                 found = before_resend()
                 if found is not None:
                     return found
@@ -3479,6 +3519,53 @@ class Client:
         return None
 
 
+class Tries:
+    """The tries of one request: how many failed, and whether one of them may have arrived."""
+
+    def __init__(self, client, limit, repeatable):
+        self.client = client
+        self.limit = limit
+        self.repeatable = repeatable
+        self.waits = client.waits
+        if self.waits is None:      # then the limit of waits is each request's own
+            self.waits = []
+        self.started = time.monotonic()
+        self.count = 0
+        self.maybe_sent = False
+        self.had_free_retry = False
+
+    def wait_after(self, error):
+        """Waits until another try may be made; raises the error where there is none."""
+        if error.maybe_sent:
+            self.maybe_sent = True
+        if error.reused and self.repeatable and not self.had_free_retry:
+            self.had_free_retry = True      # a kept connection that had died costs no try
+            return
+        self.count += 1
+        seconds = delay(self.count, 1, error.retry_after)
+        if not self.can_retry(error, seconds):
+            self.give_up(error)
+        self.client.notify(f"{error.message}; next try in {seconds:.1f} s")
+        time.sleep(seconds)
+        self.waits.append(seconds)
+
+    def can_retry(self, error, seconds):
+        if not error.retryable:
+            return False
+        if error.maybe_sent and not self.repeatable:
+            return False
+        if self.count > self.limit:
+            return False
+        return sum(self.waits) + seconds <= MAX_TOTAL_WAIT
+
+    def give_up(self, error):
+        if self.count > 1:
+            took = time.monotonic() - self.started
+            error.message += f" ({self.count} tries in {took:.0f} s)"
+        error.maybe_sent = self.maybe_sent
+        raise error
+
+
 def deleted_text(gone, ids):
     total = counted(len(ids), "run")
     return f"{len(gone)} of {total} were deleted"
@@ -3509,7 +3596,8 @@ def no_such_id(operation, wire, error):
         wrong_form = re.match(r"ids?(?:\[(\d+)\])?: ", error.issues[0])
     id = wire.get("id")
     if wrong_form and operation == "delete":
-        id = wire["ids"][int(wrong_form.group(1) or 0)]
+        number = int(wrong_form.group(1) or 0)
+        id = dict(enumerate(wire["ids"])).get(number)
     if not id or not (wrong_form or isinstance(error, NotFound)):
         return None
     kind = "upload" if operation == "finalize" else "run"
@@ -3547,15 +3635,17 @@ class PageReader:
 
     def read(self, cursor, limit):
         """(rows, meta) of the page at a cursor; `limit`: rows wanted from there on, or None."""
-        if self.is_first or self.is_slow():
-            self.is_first = False
+        if cursor not in self.ahead:    # the page before named another cursor than expected
             self.ahead.clear()
-            answer = self.client.call("list", self.values(cursor, limit))
+        if not self.is_first and not self.is_slow():
+            with contextlib.suppress(RuntimeError):     # no thread can be had
+                self.ask_ahead(cursor, limit)
+        self.is_first = False
+        wait = self.ahead.pop(cursor, None)
+        if wait:
+            answer = wait()
         else:
-            if cursor not in self.ahead:    # the page before named another cursor than expected
-                self.ahead.clear()
-            self.ask_ahead(cursor, limit)
-            answer = self.ahead.pop(cursor)()
+            answer = self.client.call("list", self.values(cursor, limit))
         return read_page(answer, cursor)
 
     def is_slow(self):
@@ -3715,32 +3805,9 @@ CREATE TABLE chunk (file INTEGER, part INTEGER, data BLOB, PRIMARY KEY (file, pa
 ADDED_COLUMNS = {"server": "TEXT", "suspect": "INTEGER DEFAULT 0", "status": "INTEGER",
                  "left_out": "TEXT"}    # in 1.1.0
 RECEIVED = "CREATE TABLE IF NOT EXISTS received (token TEXT PRIMARY KEY, at REAL)"    # since 1.1.0
-OPEN = ("waiting", "parked")            # states of what is still to be sent
-ENDED = ("sent", "moved", "fixed")      # states of receipts
-
-class OpenQueues:
-    """The queue files that this process has open: how often, by (device, inode).
-
-    A second descriptor of such a file would, when it is closed, drop the locks of the whole
-    process.
-    """
-
-    def __init__(self):
-        self.pid = os.getpid()
-        self.lock = _thread.allocate_lock()
-        self.counts = collections.Counter()
-
-
-open_queues = OpenQueues()
-
-
-def queues_of_this_process():
-    """The OpenQueues; after a fork new ones, as another thread may have held the lock."""
-    global open_queues
-    if open_queues.pid != os.getpid():
-        open_queues = OpenQueues()
-    return open_queues
-
+# States, as a tuple of words that stands in SQL as it is.
+OPEN = ("waiting", "parked")            # what fix and retry take
+ENDED = ("sent", "moved", "fixed")      # receipts
 
 class Removed(Error):
     """The entry is not there any more, or not as it was: another command was quicker."""
@@ -3841,13 +3908,13 @@ class Queue:
         self.connection.row_factory = self.sqlite3.Row
         # A byte that was damaged must not stop what is behind it: the checksums find it.
         self.connection.text_factory = lambda data: data.decode("utf-8", "replace")
-        if is_new:      # before anything else: later it is ignored without a word
-            self.sql("PRAGMA auto_vacuum = INCREMENTAL")
         is_modern = self.sqlite3.sqlite_version_info >= (3, 12)     # before, EXTRA means NORMAL
         self.sql("PRAGMA synchronous = " + ("EXTRA" if is_modern else "FULL"))
         self.sql("PRAGMA secure_delete = OFF")
         self.sql("PRAGMA cache_size = -256")    # chunks are read once: 2 MB would be for nothing
         self.columns = self.column_names()
+        if not self.columns and not read_only:      # once there are tables it is ignored
+            self.sql("PRAGMA auto_vacuum = INCREMENTAL")
         if not read_only and self.missing_schema():
             with self.transaction():
                 self.columns = self.column_names()      # as they are under the lock
@@ -4002,9 +4069,12 @@ class Queue:
         found = self.by_ref(ref)
         if found:
             return found
-        rows = self.sql("SELECT id FROM entry WHERE ref >= ? AND ref < ? AND state != 'storing' "
-                        "LIMIT 50", ref, ref + "\U0010ffff") if ref else []
-        entries = [self.by_number(row["id"]) for row in rows]
+        entries = []
+        if ref:
+            import itertools
+            found = self.entries("ref >= ? AND ref < ? AND state != 'storing'", ref,
+                                 ref + "\U0010ffff")
+            entries = list(itertools.islice(found, 50))
         active = [entry for entry in entries if entry["state"] not in ENDED]
         entries = active or entries
         if len(entries) > 1:
@@ -4203,11 +4273,16 @@ class Queue:
 
     def drop(self, where, *values):
         """Deletes entries with all that they hold."""
-        chosen = f"(SELECT id FROM entry WHERE {where})"
-        self.sql(f"DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry IN {chosen})",
-                 *values)
-        self.sql(f"DELETE FROM file WHERE entry IN {chosen}", *values)
+        self.drop_files(f"entry IN (SELECT id FROM entry WHERE {where})", *values)
         self.sql(f"DELETE FROM entry WHERE {where}", *values)
+
+    def drop_files(self, where, *values):
+        """Deletes files with their content."""
+        self.drop_content(where, *values)
+        self.sql(f"DELETE FROM file WHERE {where}", *values)
+
+    def drop_content(self, where, *values):
+        self.sql(f"DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE {where})", *values)
 
     def drop_half_stored(self):
         """Frees the room of creates that were killed. A lock tells which of them still live."""
@@ -4237,7 +4312,7 @@ class Queue:
                 if values["ref"] != old["ref"]:
                     self.rename(old, values["ref"])
                 for name in names:
-                    self.drop_file(old["id"], name)
+                    self.drop_files("entry = ? AND name = ?", old["id"], name)
                 stage.give_to(old["id"])
                 self.change(old["id"], tries=0, next_try_at=0, suspect=0, **values)
                 corrected = self.by_number(old["id"])
@@ -4257,11 +4332,6 @@ class Queue:
         self.insert("entry", ref=entry["ref"], state="fixed", target=ref, units="[]",
                     ended_at=time.time(), **values)
 
-    def drop_file(self, number, name):
-        self.sql("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ? AND "
-                 "name = ?)", number, name)
-        self.sql("DELETE FROM file WHERE entry = ? AND name = ?", number, name)
-
     # Sending
 
     def claim(self, entry, origin):
@@ -4277,15 +4347,20 @@ class Queue:
         """How many rows the last statement changed."""
         return self.sql("SELECT changes()")[0][0]
 
-    def unpark(self, entry):
-        """A parked entry waits again, and is due at once."""
-        self.sql("UPDATE entry SET state = 'waiting', next_try_at = 0, suspect = 0 "
-                 "WHERE id = ? AND state = 'parked'", entry["id"])
+    def retry(self, number):
+        """An entry is due at once; one that is parked waits again."""
+        self.sql("UPDATE entry SET suspect = 0 WHERE id = ? AND state = 'parked'", number)
+        self.sql("UPDATE entry SET state = 'waiting', next_try_at = 0 "
+                 f"WHERE id = ? AND state IN {OPEN}", number)
 
-    def name_server(self, entry, server):
-        """From now on an entry that never went out is for that server."""
-        self.sql("UPDATE entry SET server = ? WHERE id = ? AND state IN ('waiting', 'parked') "
-                 "AND tried_at IS NULL AND run_id IS NULL", server, entry["id"])
+    def retry_waiting(self):
+        """All that waits is due at once."""
+        self.sql("UPDATE entry SET next_try_at = 0 WHERE state = 'waiting'")
+
+    def name_server(self, server, number=None):
+        """An entry that never went out, or each of them, is for that server from now on."""
+        self.sql(f"UPDATE entry SET server = ? WHERE state IN {OPEN} AND tried_at IS NULL "
+                 "AND run_id IS NULL AND (id = ? OR ? IS NULL)", server, number, number)
 
     def add_suspicion(self, number, most):
         """Counts a failure of an entry while others were sent. Whether it is parked with that."""
@@ -4304,8 +4379,7 @@ class Queue:
                                             entry["id"]):
                 self.change(entry["id"], run_id=entry["run_id"])
                 return False
-            self.sql("DELETE FROM chunk WHERE file IN (SELECT id FROM file WHERE entry = ?)",
-                     entry["id"])
+            self.drop_content("entry = ?", entry["id"])
             self.change(entry["id"], state=state, body=None, error=None, ended_at=time.time(),
                         run_id=entry["run_id"])
         return True
@@ -4314,8 +4388,7 @@ class Queue:
         """Drops old receipts, and gives the room of all that was dropped back to the disk."""
         now = time.time()
         with self.transaction():
-            self.drop("state IN ('sent', 'moved', 'fixed') AND ended_at < ?",
-                      now - RECEIPT_DAYS * DAY)
+            self.drop(f"state IN {ENDED} AND ended_at < ?", now - RECEIPT_DAYS * DAY)
             self.sql("DELETE FROM received WHERE at < ?", now - TOKEN_DAYS * DAY)
         self.release_room()
 
@@ -4472,10 +4545,10 @@ class Stage:
             if self.number is None:
                 self.begin()
             try:
-                self.large[file] = self.copy(file)
+                self.copy(file)
             except FileFailed as error:
                 with self.queue.transaction():
-                    self.queue.drop_file(self.number, file.name)
+                    self.queue.drop_files("id = ?", self.large.pop(file))
                 self.leave_out(file, error)
 
     def begin(self):
@@ -4493,7 +4566,7 @@ class Stage:
                                    ended_at=time.time(), units="[]")
 
     def copy(self, file):
-        """Copies a file in short transactions: the number of its row.
+        """Copies a file in short transactions.
 
         How much goes into one is found while it goes on, so that none takes much longer than half a
         second; now and then there is a pause in which others get their turn.
@@ -4502,6 +4575,7 @@ class Stage:
         queue = self.queue
         digest = hashlib.sha256()
         number = insert_file(queue, self.number, file)
+        self.large[file] = number
         blocks = enumerate(file.blocks())
         limit, last_pause = SMALL, time.monotonic()
         is_at_end = False
@@ -4527,7 +4601,6 @@ class Stage:
             if time.monotonic() - last_pause > 0.7 and not is_at_end:
                 time.sleep(0.15)    # a process that waits for the file asks every 0.1 s
                 last_pause = time.monotonic()
-        return number
 
     def give_to(self, number, files=None):
         """Makes files those of an entry, in the transaction at hand; all of them if None."""
@@ -4544,7 +4617,7 @@ class Stage:
             queue.sql("UPDATE file SET sha256 = ? WHERE id = ?", self.digests[file], row)
 
     def __exit__(self, *_):
-        if self.number is None:
+        if self.lock is None:
             return
         try:
             with self.queue.transaction():      # unless it has become the entry itself
@@ -4883,14 +4956,13 @@ class SendPass:
     for each other server.
     """
 
-    def __init__(self, queue, client, tell=ignore, is_forced=lambda entry: False):
-        """`tell` is called with a line for each entry; forced ones do not wait for their time."""
+    def __init__(self, queue, client, tell=ignore):
+        """`tell` is called with a line for each entry."""
         import array
         import threading
         self.queue = queue
         self.client = client
         self.tell = tell
-        self.is_forced = is_forced
         self.changed = threading.Condition()
         self.idle_lanes = []
         self.in_flight = {}     # number of an entry under way: its units
@@ -4961,7 +5033,7 @@ class SendPass:
             self.elsewhere[server] += 1
             self.blocked |= units
             return
-        if not self.is_forced(entry) and not is_due(entry, time.time()):
+        if not is_due(entry, time.time()):
             self.block(entry, entry["exit_code"])
             return
         self.wait_until(lambda: self.has_room_for(units))
@@ -5044,7 +5116,7 @@ class SendPass:
         tries = number_in(entry, "tries")
         suspect = number_in(entry, "suspect")
         waited_for_units = None
-        if entry_has_sub_units(queue, entry):
+        if len(units_of(entry)) > 1:
             waited_for_units = now - number_in(entry, "stored_at")
         verdict = judge(error, tries, waited_for_units, suspect)
         reason = reason_text(error)
@@ -5130,14 +5202,6 @@ def number_in(entry, name):
     return entry[name] if is_number(entry[name]) else 0
 
 
-def entry_has_sub_units(queue, entry):
-    try:
-        body = json.loads(queue.body(entry["id"]) or "{}")
-        return bool(body.get("sub_units"))
-    except (ValueError, AttributeError, QueueUnusable):
-        return False
-
-
 def reason_text(error):
     """Why an entry failed, as one line that can be stored."""
     reasons = group_issues(error.issues)[:20]
@@ -5190,7 +5254,7 @@ def storable_request(wire):
 def open_files(files):
     """([file], [(name, reason)] of those that cannot be read) of paths or (name, bytes)."""
     opened, unreadable = [], []
-    for item in files:
+    for item in path_list(files):
         try:
             if isinstance(item, tuple):
                 name, data = item
@@ -5585,12 +5649,20 @@ def error_text(error):
     """What people read of an Error: what failed, why, what to do next."""
     lines = error.text.split("\n")
     kinds = group_issues(error.issues)
-    lines += [printable(kind, 500) for kind in kinds[:20]]
-    if len(kinds) > 20:
-        lines.append(f"and {len(kinds) - 20} more kinds of problem (all of them with --json)")
-    for number, line in enumerate(filter(None, error.hint.split("\n"))):
-        lines.append(line if number else "Fix: " + line)
-    return "error: " + "\n  ".join(printable(line) for line in lines)
+    for kind in kinds[:20]:
+        text = printable(kind, 500)
+        lines.append(text)
+    more = len(kinds) - 20
+    if more > 0:
+        lines.append(f"and {more} more kinds of problem (all of them with --json)")
+    prefix = "Fix: "
+    for line in error.hint.split("\n"):
+        if line:
+            lines.append(prefix + line)
+            prefix = ""
+    shown = map(printable, lines)
+    text = "\n  ".join(shown)
+    return f"error: {text}"
 
 
 def isatty(stream):
@@ -5676,27 +5748,49 @@ def truncate(text, width):
 
 
 def column_widths(lines, columns, width, keep_all=False):
-    """[(number of a column, its width)] of a table on a terminal, the columns that find room.
-
-    `lines` are the cells of the header and of the first rows. `keep_all`: none is dropped.
-    """
-    need = [max(map(display_width, texts)) for texts in zip(*lines)]
+    """[(number of a column, its width)] of a table on a terminal, the columns that find room."""
+    need = []
+    for texts in zip(*lines):
+        longest = max(map(display_width, texts))
+        need.append(longest)
     kept = list(range(len(columns)))
-    while not keep_all and len(kept) > 1:
-        if least_width(kept, need, columns) < width:
-            break
-        least_important = min(kept, key=lambda i: (columns[i].importance, -i))
-        kept.remove(least_important)
-    shared = [i for i in kept if columns[i].kind != "fixed"]
-    gaps = 2 * (len(kept) - 1)
-    fixed = sum(need[i] for i in kept if i not in shared)
-    free = width - 1 - gaps - fixed
-    shared.sort(key=need.__getitem__)       # what the short ones leave goes to the long ones
-    for number, i in enumerate(shared):
-        share = free // (len(shared) - number)
-        need[i] = min(need[i], max(LEAST_WIDTH, share))
-        free -= need[i]
+    if not keep_all:
+        drop_columns(kept, need, columns, width)
+    share_room(kept, need, columns, width)
     return [(i, need[i]) for i in kept]
+
+
+def drop_columns(kept, need, columns, width):
+    """Drops the least important columns (the last of equal ones) until the others find room."""
+    def importance(i):
+        column = columns[i]
+        return column.importance, -i
+
+    while len(kept) > 1:
+        least = least_width(kept, need, columns)
+        if least < width:
+            return
+        dropped = min(kept, key=importance)
+        kept.remove(dropped)
+
+
+def share_room(kept, need, columns, width):
+    """Narrows the shared columns; what the short ones leave goes to the long ones."""
+    gaps = 2 * (len(kept) - 1)
+    free = width - 1 - gaps
+    shared = []
+    for i in kept:
+        if columns[i].kind == "fixed":
+            free -= need[i]
+        else:
+            shared.append(i)
+    shared.sort(key=need.__getitem__)
+    while shared:
+        share = free // len(shared)
+        most = max(LEAST_WIDTH, share)
+        i = shared.pop(0)
+        need[i] = min(need[i], most)
+        free -= need[i]
 
 
 def least_width(kept, need, columns):
@@ -6475,15 +6569,16 @@ class Arguments:
                                f"{flag_name(self.stdin_flag)}, {flag_name(name)}",
                                "put one of them into a file: @FILE")
             self.stdin_flag = name
-            return sys.stdin.buffer.read() if sys.stdin else b""
-        if not word.startswith("@"):
+        elif not word.startswith("@"):
             return word
         try:
+            if word == "-":
+                return sys.stdin.buffer.read() if sys.stdin else b""
             with open(local_path(word[1:]), "rb") as file:
                 return file.read()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise BadInput(f"{flag_name(name)}: cannot read {word[1:]}: {reason}",
+            raise BadInput(f"{flag_name(name)}: cannot read {word[1:] or 'stdin'}: {reason}",
                            "name a file that this user can read") from None
 
     def read_json(self, name):
@@ -6565,14 +6660,16 @@ class Arguments:
                 raise BadInput(f"--set: {printable(word, 60)!r} is not key=value",
                                "without spaces, such as --set shift=A note='second try'")
             changes[key] = parse_word(text)
+        given = ()
+        if self.flags.get("metadata") and isinstance(values["metadata"], dict):
+            given = values["metadata"]
         for key in self.flags.get("unset") or ():
-            given = self.flags.get("metadata") and key in values["metadata"]
-            if key in changes or given:
+            if key in changes or key in given:
                 raise BadInput(f"--unset {key}: the same key is set", "give one of them")
             changes[key] = None
         if changes:
-            metadata = values.get("metadata") or {}
-            if isinstance(metadata, dict):
+            metadata = values.get("metadata", {})
+            if isinstance(metadata, dict):      # else the checks tell it
                 values["metadata"] = dict(metadata, **changes)
 
     def examine(self, operation, start=()):
@@ -6698,44 +6795,71 @@ def ask(call, question):
 def run_ls(call):
     filters = call.arguments.wire("list")
     limit = filters.pop("limit", None)
-    wants_all = bool(call.get("all") or call.get("summary"))
-    warn_of_filters(call, filters)
-    if "metadata" in re.split(r"[,.\s]", call.get("columns") or ""):
-        filters.setdefault("include_metadata", True)
     if limit and call.get("all"):
-        raise BadInput("--limit and --all exclude each other", "give one of them")
+        raise BadInput("--limit and --all cannot be combined", "give one of them")
+    wants_all = bool(call.get("all") or call.get("summary"))
     if not limit and not wants_all:
         limit = 50
+    warn_of_filters(call, filters)
+    include_asked_metadata(call, filters)
+    page_size = call.get("page_size") or 100
     client = call.client()
-    pages = client.pages(limit, call.get("page_size") or 100, **filters)
+    pages = client.pages(limit, page_size, **filters)
     first_page = next(pages)
-    if not first_page[0] and call.get("fail_empty") and not call.is_dry_run:
-        raise NotFound("no run matches")
-    told_pages = tell_pages(call, first_page, pages, wants_all)
+    refuse_no_match(call, first_page)
+    pages = tell_pages(call, first_page, pages, wants_all)
     if call.get("summary"):
-        document, lines = summarize(run for rows, _ in told_pages for run in rows)
-        return Result.text(document, lines, ids=(), rows=document["procedures"])
+        return summary_result(pages)
+    return list_result(pages, filters)
+
+
+def list_result(pages, filters):
+    """The rows of a list, with metadata and sequences where they were asked for."""
     columns = list(RUN_COLUMNS)
-    csv_columns = list(RUN_CSV_COLUMNS)
+    paths = list(RUN_CSV_COLUMNS)
     for name in ("metadata", "sequences"):
-        if filters.get(f"include_{name}"):
-            columns.append(Column(name.upper(), name, 4, "shared"))
-            csv_columns.append(name)
-    return Result.pages(told_pages, columns, csv_columns)
+        if filters.get("include_" + name):
+            title = name.upper()
+            columns.append(Column(title, name, 4, "shared"))
+            paths.append(name)
+    return Result.pages(pages, columns, paths)
+
+
+def summary_result(pages):
+    runs = (run for rows, _ in pages for run in rows)
+    document, lines = summarize(runs)
+    rows = document["procedures"]
+    return Result.text(document, lines, ids=(), rows=rows)
 
 
 def warn_of_filters(call, filters):
     """Tells filters that no run can match, which would look as if there were none."""
     call.warn_of_zone()
-    for serial_number in filters.get("serial_numbers", ()):
-        if "," in serial_number:
-            call.console.warn("no serial number has a comma: separate serial numbers with spaces")
-            break
+    serial_numbers = filters.get("serial_numbers", ())
+    if "," in "".join(serial_numbers):
+        call.console.warn("no serial number has a comma: separate serial numbers with spaces")
     for name in ("started", "ended", "created"):
         after = epoch(filters.get(f"{name}_after"))
         before = epoch(filters.get(f"{name}_before"))
         if after is not None and before is not None and after >= before:
             call.console.warn(f"--{name}-before is not later than --{name}-after: no run can match")
+
+
+def include_asked_metadata(call, filters):
+    """Asks for the metadata where --columns names it."""
+    columns = call.get("columns") or ""
+    words = re.split(r"[,.\s]", columns)
+    if "metadata" in words:
+        filters.setdefault("include_metadata", True)
+
+
+def refuse_no_match(call, first_page):
+    """NotFound with --fail-empty, where there is no run."""
+    rows, _ = first_page
+    if rows or call.is_dry_run:
+        return
+    if call.get("fail_empty"):
+        raise NotFound("no run matches")
 
 
 def tell_pages(call, first_page, pages, wants_all):
@@ -6764,7 +6888,7 @@ def run_get(call):
     serial_number = call.get("serial_number")
     if serial_number is not None:
         if call.arguments.flags.get("ids"):
-            raise BadInput("an ID and --serial-number exclude each other", "give one of them")
+            raise BadInput("an ID and --serial-number cannot be combined", "give one of them")
         rows = client.list(serial_numbers=[serial_number], limit=1)["data"]
         if not rows and not call.is_dry_run:
             raise NotFound(f"no run of the unit {printable(serial_number, 80)}")
@@ -6779,7 +6903,7 @@ def run_get(call):
         reader.only = reader.fetch(ids[0])
     result = Result.runs(reader.runs(), reader.lines, single=is_single,
                          exit_code=reader.exit_code)
-    reader.result = result
+    result.error = reader.error
     result.failed_only = bool(call.get("failed_only"))
     return result
 
@@ -6792,7 +6916,6 @@ class RunReader:
         self.client = client
         self.ids = ids
         self.only = None        # the run, where one was asked for and is fetched already
-        self.result = None
         self.saved = []         # paths of the attachments of the run at hand
         self.missing = []       # IDs of runs that are not there
         self.failures = []      # of attachments
@@ -6816,7 +6939,6 @@ class RunReader:
                 self.missing.append(id)
                 continue
             yield run
-        self.result.error = self.error()
 
     def save_attachments(self, run):
         """Saves all attachments that can be saved; what fails is told at the end."""
@@ -6909,7 +7031,8 @@ def read_relative_times(values):
             raise BadInput(f"{flag_name(name)}: {value} {why}",
                            "give the whole time, such as 2026-05-19T08:00:00, or a "
                            "--client-run-ref of your own")
-        values[name] = parse_when(value, now)
+        with contextlib.suppress(ValueError):       # the checks tell what is wrong with it
+            values[name] = parse_when(value, now)
 
 
 def warn_of_create(call, wire, findings):
@@ -6999,19 +7122,24 @@ def attachments_missing(error, run_id, files):
 
 
 def created_lines(client, body, run_id, title="Created run"):
-    """What people read of a run that is on the server now."""
-    facts = [body["outcome"], body["serial_number"]]
-    phases = body.get("phases") or ()
+    """What people read of a run that is on the server now.
+
+    A body that the checks refuse may be there too: it was parked, and sent by hand.
+    """
+    facts = [printable(body.get("outcome")), printable(body.get("serial_number"))]
+    phases = only_dicts(body.get("phases"))
     if phases:
         count = 0
         for phase in phases:
-            count += len(phase.get("measurements") or ())
+            count += len(only_dicts(phase.get("measurements")))
         phases_text = counted(len(phases), "phase")
         facts.append(f"{phases_text}, {counted(count, 'measurement')}")
-    took = epoch(body["ended_at"]) - epoch(body["started_at"])
-    facts.append(seconds_text(took))
+    begin = epoch(body.get("started_at"))
+    end = epoch(body.get("ended_at"))
+    if begin is not None and end is not None:
+        facts.append(seconds_text(end - begin))
     lines = [f"{title} {run_id}", "  " + "  ".join(facts)]
-    link = run_link(client, body["procedure_id"], run_id)
+    link = run_link(client, body.get("procedure_id"), run_id)
     if link:
         lines.append("  " + link)
     return lines
@@ -7124,12 +7252,17 @@ def run_rm(call):
     return Result.text({"id": deleted}, lines, rows=rows)
 
 
+class NotKnown(str):
+    """The text of a line of `check` that is neither right nor wrong."""
+
+
 class Station:
     """What `check` looks at, a method for each line: its text, or the Error that is its fault."""
 
     def __init__(self, call):
         self.call = call
-        call.console.warn = ignore      # its lines tell all
+        self.warn = call.console.warn
+        call.console.warn = ignore      # the lines tell what is wrong
         self.key_fault = None
         try:
             self.client = call.client()
@@ -7239,19 +7372,20 @@ class Station:
     def identity(self):
         if self.key_fault:
             raise self.key_fault
+        self.client.notify = self.warn      # of each wait
         try:
             found = self.client.whoami()
         except NotFound as error:
             if error.status != 404:
                 raise
             self.client.list(limit=1)
-            return "not told: the server is older than API 2.22; it takes the key"
+            return NotKnown("not told: the server is older than API 2.22; it takes the key")
         name = get_path(found, "station.name") or get_path(found, "user.email")
         return f"{found.get('type')} {name} of {get_path(found, 'organization.name')}"
 
     def clock(self):
         if self.client.transport.server_clock is None:
-            return "not compared: no answer"
+            return NotKnown("not compared: no answer")
         theirs, ours = self.client.transport.server_clock
         ahead = round(ours - theirs)
         if abs(ahead) > 120:
@@ -7268,7 +7402,7 @@ def run_check(call):
     for name, step in station.steps():
         try:
             text, error = step(), None
-            mark = "-   " if text.startswith("not ") else "ok  "
+            mark = "-   " if isinstance(text, NotKnown) else "ok  "
         except Error as failure:
             text, error = failure.text, failure
             mark = "FAIL"
@@ -7509,7 +7643,7 @@ def entry_json(entry):
 
 
 def run_queue_ls(call):
-    where = "state NOT IN ('storing', 'fixed', 'sent', 'moved')"
+    where = f"state != 'storing' AND state NOT IN {ENDED}"
     columns = QUEUE_COLUMNS
     if call.get("sent"):
         where = "state NOT IN ('storing', 'fixed')"
@@ -7700,19 +7834,20 @@ def run_queue_send(call):
 def run_queue_retry(call):
     words = call.arguments.words
     with open_queue(call) as queue:
-        if words:
-            entries = [queue.find(word) for word in words]
-            forced = {entry["ref"] for entry in entries}
-            for entry in entries:
-                require_open(entry)
-        else:
-            entries = queue.entries("state IN ('waiting', 'parked')")
-            forced = None
-        if call.is_dry_run:
-            return show_sends(call, queue, entries)
+        entries = [queue.find(word) for word in words]
         for entry in entries:
-            make_ready(call, queue, entry, is_named=bool(words))
-        return send_queue(call, queue, lambda entry: forced is None or entry["ref"] in forced)
+            require_open(entry)
+        if call.is_dry_run:
+            return show_sends(call, queue, entries or queue.entries(f"state IN {OPEN}"))
+        call.client(0).login        # a URL that is wrong changes nothing
+        if words:
+            for entry in entries:
+                queue.retry(entry["id"])
+                take_to_url(call, queue, entry["id"])
+        else:
+            retry_all(queue)
+            take_to_url(call, queue)
+        return send_queue(call, queue)
 
 
 def require_open(entry):
@@ -7721,13 +7856,19 @@ def require_open(entry):
         raise BadInput(f"{short_ref(entry)} is {entry['state']}: there is nothing to send")
 
 
-def make_ready(call, queue, entry, is_named):
-    """Makes a parked entry wait again, and takes one that never went out to --url."""
-    if entry["state"] == "parked" and (is_named or passes_checks(queue, entry)):
-        queue.unpark(entry)
+def retry_all(queue):
+    """Makes all that waits due, and what is parked, if the checks of this version take it."""
+    queue.retry_waiting()
+    for entry in queue.entries("state = 'parked'"):
+        if passes_checks(queue, entry):
+            queue.retry(entry["id"])
+
+
+def take_to_url(call, queue, number=None):
+    """Binds what never went out to the server that --url names."""
     url = call.get("url")
     if url:
-        queue.name_server(entry, normal_url(url))
+        queue.name_server(normal_url(url), number)
 
 
 def passes_checks(queue, entry):
@@ -7744,6 +7885,10 @@ def show_sends(call, queue, entries):
     """--dry-run of a pass: the creates of the entries, whether they are due or not."""
     client = call.client(0)
     for entry in entries:
+        server = bound_server(entry)
+        if server not in (None, client.login.url):
+            call.console.note(f"{short_ref(entry)} waits for {server}: name it with --url")
+            continue
         try:
             body = queue.intact_body(entry)
         except Removed:
@@ -7755,10 +7900,10 @@ def show_sends(call, queue, entries):
     return None
 
 
-def send_queue(call, queue, is_forced=lambda entry: False):
+def send_queue(call, queue):
     """One pass; the result is what was sent, and an exit status that tells what was not."""
     console = call.console
-    work = SendPass(queue, call.client(0), console.log, is_forced)
+    work = SendPass(queue, call.client(0), console.log)
     was_alone = work.run()
     meta = queue.meta()
     codes = set(work.exit_codes)
@@ -7772,9 +7917,10 @@ def send_queue(call, queue, is_forced=lambda entry: False):
     document = {"sent": len(work.sent), "waiting": meta["waiting"], "parked": meta["parked"]}
     rows = sent_rows(queue.path, work.sent)
     result = Result.table(document, rows, SENT_COLUMNS, rows_key="runs", is_logged=True)
-    for code in (6, 5, 3):      # the last that holds counts most
+    for code in (3, 5, 6):
         if code in codes:
             result.exit_code = code
+            break
     if result.exit_code and not console.is_logging:     # else the log has told it
         result.error = pass_error(call, work, result.exit_code, text)
     return result
@@ -8212,7 +8358,7 @@ def parse(argv):
     """The Call of a command line; BadInput for what is wrong."""
     found, words = Parser().parse_known_args(argv)
     path = getattr(found, "entry", "")
-    family = getattr(found, " word", "")
+    family = getattr(found, " word", None) or ""
     found = {name: value for name, value in vars(found).items() if name.isidentifier()}
     found.pop("entry", None)
     command = COMMANDS.get(path)
@@ -8242,17 +8388,31 @@ def check_own_flags(path, arguments):
 
     What a create says is left to its checks: a queue stores it, whatever is wrong with it.
     """
-    content = ("attach", *CREATE.names) if path in ("create", "queue fix") else ()
+    content = ()
+    if path in ("create", "queue fix"):
+        content = ("attach", *CREATE.names)
     for name, value in arguments.flags.items():
-        field = arguments.fields[name]
+        flag = flag_name(name)
         if value == []:     # before 3.13 argparse drops the word --
-            raise BadInput(f"{flag_name(name)}: -- is not a value")
-        if name not in content and (field.kind in OWN_KINDS or name in GLOBAL.by_name):
+            raise BadInput(f"{flag}: -- is not a value")
+        if name in content:
+            continue
+        field = arguments.fields[name]
+        is_own = field.kind in OWN_KINDS
+        if is_own or name in GLOBAL.by_name:
             arguments.get(name)
-        if name not in content and field.kind not in TELL_EMPTY:
-            words = value if field.many else [value]
-            if "" in [str(word).strip() for word in words]:
-                raise BadInput(f"{flag_name(name)}: is empty")
+        if field.kind not in TELL_EMPTY:
+            refuse_empty(flag, value)
+
+
+def refuse_empty(flag, value):
+    words = value
+    if not isinstance(value, list):
+        words = [value]
+    for word in words:
+        text = str(word)
+        if not text.strip():
+            raise BadInput(f"{flag}: is empty")
 
 
 def refuse_unknown_flags(path, fields, words, argv):
@@ -8301,20 +8461,24 @@ def take_words(command, found, words):
     """Plain words in place of the flag that they stand for; both are refused."""
     name = command.word_field
     if name in found:
-        raise BadInput(f"{flag_name(name)} and the plain word {printable(words[0], 60)} exclude "
-                       "each other", "give the ID once")
-    field = next(field for field in command.fields if field.name == name)
-    if not field.many and len(words) > 1:
-        word = printable(words[1], 60)
-        names = [field.name for field in command.fields]
+        flag = flag_name(name)
+        shown = printable(words[0], 60)
+        raise BadInput(f"{flag} and the plain word {shown} cannot be combined",
+                       "give the ID once")
+    fields = Record(*command.fields).by_name
+    if fields[name].many:
+        found[name] = list(words)
+    elif len(words) == 1:
+        found[name] = words[0]
+    else:
+        shown = printable(words[1], 60)
         hint = "this command takes one ID"
-        if "set" in names:
-            hint = f"metadata is given as --set {word}"
-        elif "file" in names:
-            hint = f"a file is given as --file {word}, one at a time"
-        raise BadInput(f"unexpected word {word}", hint)
-    found[name] = words[:] if field.many else words[0]
-    del words[:]
+        if "set" in fields:
+            hint = f"metadata is given as --set {shown}"
+        elif "file" in fields:
+            hint = f"a file is given as --file {shown}, one at a time"
+        raise BadInput(f"unexpected word {shown}", hint)
+    words.clear()
 
 
 def hint_for_word(path, word):
@@ -8346,7 +8510,7 @@ def execute(argv):
     catch_signals()
     try:
         return run_and_write(call)
-    except (OSError, Error, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         if call.queued_exit_code is not None:      # a run that is stored stays stored
             drop_stdout()
             return call.queued_exit_code
@@ -8365,6 +8529,8 @@ def run_and_write(call):
     result = COMMANDS[call.name].run(call)
     is_dry = call.is_dry_run and call.client_made
     if is_dry:
+        for _ in result.windows if result else ():
+            pass        # what is asked for while it is shown
         requests = call.client_made.transport.requests
         result = Result.text({}, [dump_json(request) for request in requests])
 
@@ -8382,8 +8548,9 @@ def run_and_write(call):
         if call.name == "create" and isinstance(result.document, dict):
             error.id = result.document.get("id")
         raise
-    if result.error:
-        raise result.error
+    error = result.error() if callable(result.error) else result.error
+    if error:
+        raise error
     return result.exit_status()
 
 
@@ -8442,7 +8609,7 @@ def is_closed_pipe(error):
     """Whether the reader of stdout is gone. Windows says EINVAL, as it does for a wrong name."""
     import errno
     if error.errno == errno.EINVAL:
-        return error.filename is None
+        return ON_WINDOWS and error.filename is None
     return error.errno == errno.EPIPE
 
 
