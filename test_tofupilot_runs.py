@@ -11909,14 +11909,14 @@ class Trials(unittest.TestCase):
         for knows_ref in (False, True):
             with self.subTest(knows_ref=knows_ref):
                 wanted = 30 if HAS_FORK else 12
-                trial = Trial(wanted, 7, knows_ref, time.time() + 120)
+                trial = Trial(wanted, 7, knows_ref, time.time() + 250)
                 self.assert_nothing_lost(trial, wanted)
 
     def test_a_crowd_of_writers_and_senders_that_are_killed_loses_and_doubles_nothing(self):
         for knows_ref in (False, True):
             with self.subTest(knows_ref=knows_ref):
                 wanted = 12 if HAS_FORK else 6
-                trial = Trial(wanted, 9, knows_ref, time.time() + 120, CROWD)
+                trial = Trial(wanted, 9, knows_ref, time.time() + 250, CROWD)
                 self.assert_nothing_lost(trial, wanted)
 
     def test_the_account_sees_what_is_wrong(self):
