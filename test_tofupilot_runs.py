@@ -9118,6 +9118,30 @@ class ContentOfRuns(QueueCase):
         ran = self.fails(2, "create", *words)
         self.assertIn("--started-at", ran.err)
 
+    def test_a_nan_that_was_stored_as_text_goes_out_for_its_ref_alone(self):
+        """Control: without lost_numbers a retry or a fix of something else sends the text."""
+        body = json.dumps(body_with({"measured_value": math.nan}))
+        self.fails(5, "create", "--body", body, "--offline")
+        self.send(5)
+        self.retry(5)
+        ref = self.sql("SELECT ref FROM entry")[0]["ref"]
+        ran = self.fails(5, "queue", "fix", ref, "--docstring", "x")
+        self.assertIn(MEASUREMENT_PATH + ".measured_value: NaN is not valid JSON", ran.err)
+        self.assertEqual(self.posts(), [])
+        ref = self.sql("SELECT ref FROM entry WHERE state = 'parked'")[0]["ref"]
+        self.retry(0, ref)
+        self.assertEqual(len(self.posts()), 1)
+
+    def test_a_problem_inside_json_is_corrected_with_a_file(self):
+        """Control: name the flags of create for whatever is wrong."""
+        body = json.dumps(body_with({"measured_value": math.nan}))
+        err = self.fails(5, "create", "--body", body, "--offline").err
+        self.assertRegex(err, "Fix: .* queue get [0-9a-f]+ --json --out run.json")
+        self.assertRegex(err, "queue fix [0-9a-f]+ --body @run.json")
+        self.assertRegex(err, "queue rm [0-9a-f]+\n")
+        err = self.keep("A", "--part-number", "no part", status=5).err
+        self.assertRegex(err, r"Fix: .* queue fix [0-9a-f]+ \[flags of create\]")
+
     def test_a_run_that_was_parked_and_is_on_the_server_is_already_there(self):
         """Control: created_lines that takes both times for granted."""
         words = ["create", "--serial-number", "A", "--started-at", BEGIN, "--queue", self.path]
@@ -9259,6 +9283,26 @@ class Fixing(QueueCase):
                  runs.run_ref(body_of("A")))
         self.retry()
         self.intact("A")
+
+
+    def test_refs_come_from_a_file_too_and_the_wrong_number_of_them_is_told(self):
+        """Control: take the words as they are."""
+        self.offline("A", "B", "C")
+        self.file("refs", self.ok("queue", "ls", "-q").out.encode())
+        ran = self.fails(2, "queue", "fix", "a", "b", "c", "--docstring", "x")
+        self.assertIn("this command takes one REF; 3 are given", ran.err)
+        self.assertIn("FILE is missing", self.fails(2, "queue", "move").err)
+        self.ok("queue", "rm", "@refs")
+        self.has()
+
+    def test_the_ref_that_a_run_had_before_names_the_new_one(self):
+        """Control: say that it is not in the queue any more, as of a receipt."""
+        self.offline("A")
+        old = self.entry("A")["ref"]
+        self.ok("queue", "fix", old, "--docstring", "x")
+        new = self.sql("SELECT ref FROM entry WHERE state = 'waiting'")[0]["ref"]
+        ran = self.fails(2, "queue", "fix", old, "--docstring", "y")
+        self.assertIn("has another REF now: " + new[:12], ran.err)
 
 
 class ServersOfRuns(QueueCase):
@@ -9469,8 +9513,9 @@ class QueueAnswers(QueueCase):
         ("NotFound", 404, 0, None, SUB_UNIT, "parked", 0),
         ("Refused", 422, 0, 0, SUB_UNIT, "parked", 0),
         ("NotFound", 404, 0, 0, SUB_UNIT, "waiting", 900),
-        ("Refused", 400, 2, 86400, SUB_UNIT, "waiting", 3600),
-        ("Refused", 400, 99, 86400, SUB_UNIT, "waiting", 21600),
+        ("Refused", 400, 99, 60, SUB_UNIT, "waiting", 900),
+        ("Refused", 400, 2, 86400, SUB_UNIT, "waiting", 10800),
+        ("Refused", 400, 99, 2 * 86400, SUB_UNIT, "waiting", 21600),
         ("Refused", 400, 9, 3 * 86400 + 1, SUB_UNIT, "parked", 0))
 
     def test_each_answer_has_its_state_its_wait_and_its_effect(self):

@@ -2682,7 +2682,7 @@ def error_of(answer, found, host, kind):
                        reason)
     error.retry_after = retry_after(answer)
     if is_about_sub_unit(error):
-        error.hint = "a sub-unit needs a run of its own first: create that, then this again"
+        error.hint = "a sub-unit needs a run of its own first: create that, then send this again"
     elif is_about_procedure(error):
         error.hint = f"{PROG} ls --columns procedure.name,procedure.id shows those with runs"
     return error
@@ -4773,6 +4773,9 @@ def require_correctable(entry):
     if entry is None:
         raise BadInput("the entry was removed meanwhile")
     ref = short_ref(entry)
+    if entry["state"] == "fixed":
+        raise BadInput(f"{ref} was corrected and has another REF now: {entry['target'][:12]}",
+                       "use that one")
     if entry["state"] in ENDED:
         raise BadInput(f"{ref} is {entry['state']}: it is not in the queue any more",
                        "update-metadata corrects a run on the server; rm deletes it")
@@ -4901,7 +4904,8 @@ def judge(error, tries, waited_for_units=None, suspect=0):
         return Verdict("waiting", retry_wait, "count", is_suspect=True)
     if waited_for_units is not None and is_about_sub_unit(error):
         if waited_for_units < SUB_UNIT_HOURS * 3600:
-            return Verdict("waiting", min(900 * 2 ** min(tries, 9), SUB_UNIT_DELAY))
+            wait = max(900, waited_for_units / 8)       # not by tries: the network may have failed
+            return Verdict("waiting", min(wait, SUB_UNIT_DELAY))
     return Verdict("parked")
 
 
@@ -5012,7 +5016,8 @@ class SendPass:
             raise self.crash
         for server, count in self.elsewhere.items():
             self.exit_codes.add(6)
-            self.tell(f"{counted(count, 'run')} waiting for {server}: name it with --url")
+            self.tell(f"{counted(count, 'run')} waiting for {server}: name it with --url; if that "
+                      "address is wrong, queue retry --url takes what never went out to another")
 
     def was_overloaded(self):
         """Whether the server had too much to do a short time ago: then one lane is enough."""
@@ -6611,10 +6616,10 @@ class Arguments:
             hint = f"{flag_name(name)} @{word} reads the file"
         return failure.with_note(got, hint)
 
-    def read_list(self, name):
-        """The values of a list flag; @FILE and - have one a line."""
+    def read_list(self, words, name):
+        """The values in the words of a list flag; @FILE and - have one a line."""
         values = []
-        for word in self.flags[name]:
+        for word in words:
             data = self.read(word, name)
             if data is word:
                 values.append(word)
@@ -6626,9 +6631,8 @@ class Arguments:
                 path = word.lstrip("@")
                 raise BadInput(f"{flag_name(name)}: {path}: {error}") from None
             values += [line.strip() for line in text.splitlines() if line.strip()]
-        if not values:      # an empty filter would mean everything
-            word = self.flags[name][0]
-            source = "stdin" if word == "-" else printable(word, 60)
+        if words and not values:    # an empty filter would mean everything
+            source = "stdin" if words[0] == "-" else printable(words[0], 60)
             raise BadInput(f"{flag_name(name)}: {source} is empty",
                            "where ls made the list, no run matched")
         return values
@@ -6642,7 +6646,7 @@ class Arguments:
             if field.kind in JSON_KINDS:
                 values[field.name] = self.read_json(field.name)
             elif field.many and field.kind in ("id", "serial"):
-                values[field.name] = self.read_list(field.name)
+                values[field.name] = self.read_list(self.flags[field.name], field.name)
             elif field.many and field.kind == "enum":
                 words = ",".join(self.flags[field.name]).split(",")
                 values[field.name] = [word for word in words if word.strip()] or words
@@ -7565,8 +7569,21 @@ def tell_parked(call, entry, problems):
         reasons = [entry["error"] or "refused"]
     for reason in reasons:
         call.console.note("  " + printable(reason, 500))
-    command = queue_command("fix", short_ref(entry), queue=call.get("queue"))
-    call.console.note(f"Fix: {command} [flags of create]")
+    ref = short_ref(entry)
+    path = call.get("queue")
+    command = queue_command("fix", ref, queue=path)
+    if any(map(is_inside_json, problems)):
+        shown = queue_command("get", ref, "--json", "--out", "run.json", queue=path)
+        call.console.note(f"Fix: {shown}\n  edit run.json, then: {command} --body @run.json")
+    else:
+        call.console.note(f"Fix: {command} [flags of create]")
+    removal = queue_command("rm", ref, queue=path)
+    call.console.note(f"  or, if you create the run anew: {removal}")
+
+
+def is_inside_json(problem):
+    """Whether a problem is of a place that no flag alone can correct."""
+    return bool(re.match(r"\w+\[\d+\]\.", problem))
 
 
 def tell_old(call, queue, entry):
@@ -7666,7 +7683,7 @@ def run_queue_get(call):
     folder = call.get("download")
     saved = []
     with open_queue(call, read_only=True) as queue:
-        entry = queue.find(given_refs(call, most=1)[0])
+        entry = queue.find(given_word(call, "REF"))
         files = queue.files(entry["id"])
         body = queue.body(entry["id"])
         if folder and body:
@@ -7722,17 +7739,27 @@ def request_of(entry, body):
     return request
 
 
-def given_refs(call, most=None, needs="a REF is missing: queue ls shows them"):
-    """The REFs that a queue command was given."""
+def given_refs(call):
+    """The REFs that a queue command was given, with @FILE and - one a line; at least one."""
+    refs = call.arguments.read_list(call.arguments.words, "REF")
+    if not refs:
+        raise BadInput("a REF is missing: queue ls shows them", f"{PROG} {call.name} --help")
+    return refs
+
+
+def given_word(call, what):
+    """The one plain word that a queue command takes: `what`."""
     words = call.arguments.words
-    if not words or most and len(words) > most:
-        raise BadInput(needs, f"{PROG} {call.name} --help")
-    return words
+    if not words:
+        raise BadInput(f"{what} is missing", f"{PROG} {call.name} --help")
+    if len(words) > 1:
+        raise BadInput(f"this command takes one {what}; {len(words)} are given", "one at a time")
+    return words[0]
 
 
 def run_queue_fix(call):
     refuse_dry_run(call)
-    word = given_refs(call, most=1)[0]
+    word = given_word(call, "REF")
     require_correction(call, word)
     with open_queue(call) as queue:
         entry = queue.find(word)
@@ -7771,6 +7798,9 @@ def corrected_request(call, queue, entry):
     if not call.arguments.flags.get("body"):
         start = request_of(entry, queue.body(entry["id"]))
     wire, findings = examine_create(call, start)
+    was_refused_here = entry["exit_code"] == 5 and not entry["tries"]
+    if start and was_refused_here:
+        findings.problems += lost_numbers(wire)
     has_own_ref = entry["ref"] != entry["content"]
     if has_own_ref and "client_run_ref" not in wire:
         wire["client_run_ref"] = entry["ref"]       # one given by hand stays
@@ -7832,7 +7862,7 @@ def run_queue_send(call):
 
 
 def run_queue_retry(call):
-    words = call.arguments.words
+    words = call.arguments.read_list(call.arguments.words, "REF")
     with open_queue(call) as queue:
         entries = [queue.find(word) for word in words]
         for entry in entries:
@@ -7878,7 +7908,22 @@ def passes_checks(queue, entry):
         _, findings = examine("create", body)
     except (AttributeError, TypeError, ValueError):
         return False
-    return not findings.problems
+    return not findings.problems and not lost_numbers(body)
+
+
+def lost_numbers(value, path=""):
+    """Problems of texts that stand where a run was stored with a NaN or Infinity: see storable."""
+    problems = []
+    if isinstance(value, dict):
+        for key, item in value.items():
+            problems += lost_numbers(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            problems += lost_numbers(item, f"{path}[{number}]")
+    elif value in ("NaN", "Infinity", "-Infinity"):
+        place = path.lstrip(".")
+        problems.append(f"{place}: {value} is not valid JSON")
+    return problems
 
 
 def show_sends(call, queue, entries):
@@ -7959,7 +8004,7 @@ def sent_rows(path, numbers):
 
 def run_queue_move(call):
     refuse_dry_run(call)
-    target = given_refs(call, most=1, needs="FILE is missing: the queue to move to")[0]
+    target = given_word(call, "FILE")
     path = local_path(target)
     if not os.path.basename(path) and not os.path.isdir(path):
         raise BadInput(f"there is no folder {target}", "mount the stick, or make the folder")
@@ -7973,7 +8018,11 @@ def run_queue_move(call):
         text = f"Moved {runs} to {file}{path}, which holds the only copy now"
     if parked:
         text += f"; {parked} parked here"
-    return Result.text({"moved": count, "file": path}, [text], ids=())
+    lines = [text]
+    if count:
+        command = queue_command("send", queue=path)
+        lines.append(f"  to send them: {command}")
+    return Result.text({"moved": count, "file": path}, lines, ids=())
 
 
 # ---- command line --------------------------------------------------------------------------------
