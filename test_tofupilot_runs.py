@@ -3997,15 +3997,27 @@ class PagesAhead(Case):
         self.assertEqual(len(found), len(set(found)))
 
     def test_the_connections_of_the_pages_ahead_are_closed_at_the_end(self):
-        """Control: leave close() out of the PageReader."""
+        """Control: leave close() out of the PageReader, or close one of them."""
         self.box.store.fill(80)
         client = self.client()
         closed = []
-        real = runs.Transport.close
-        with mock.patch.object(runs.Transport, "close",
-                               lambda transport: closed.append(transport) or real(transport)):
+        clones = []
+        real_close = runs.Transport.close
+        real_clone = runs.Client.clone
+
+        def close(transport):
+            closed.append(transport)
+            real_close(transport)
+
+        def clone(client):
+            clones.append(real_clone(client))
+            return clones[-1]
+        with mock.patch.object(runs.Transport, "close", close), \
+                mock.patch.object(runs.Client, "clone", clone):
             self.assertEqual(len(list(client.iterate(limit=70, page_size=10))), 70)
-        self.assertGreaterEqual(len(closed), 1)
+        self.assertTrue(clones)
+        for other in clones:
+            self.assertIn(other.transport, closed)
         self.assertNotIn(client.transport, closed)      # that one is the caller's
 
     def test_a_dry_run_asks_for_one_page(self):
@@ -8441,18 +8453,8 @@ def killed_at(number):
         if number and seen[0] >= number:
             raise KilledHere
         return real(queue, statement, *values)
-    real_exit = runs.Stage.__exit__
-
-    def leave(stage, *error):
-        try:
-            real_exit(stage, *error)
-        finally:
-            if stage.lock:
-                stage.lock.close()      # the system drops it with a process
-    with patch_queue("sql", sql), \
-            mock.patch.object(runs.Stage, "__exit__", leave):
-        with contextlib.suppress(KilledHere):
-            yield seen
+    with patch_queue("sql", sql), contextlib.suppress(KilledHere):
+        yield seen
 
 
 def rows_of(path, statement, *values):
@@ -9582,6 +9584,13 @@ class QueueAnswers(QueueCase):
             reason = self.entry("A")["error"]
             self.assertIn(hint, reason)
             self.assertNotIn(usual, reason)     # its state says that
+
+    def test_an_entry_whose_checksum_is_no_text_any_more_is_parked(self):
+        """Control: settle() without is_damaged compares it in vain: it waits for ever."""
+        self.offline("A", "B")
+        self.sql("UPDATE entry SET content = CAST(x'ff' AS TEXT) WHERE serial_number = 'A'")
+        self.send(5)
+        self.has(parked=1, sent=1)
 
     def test_the_facts_of_a_reason_stand_apart(self):
         """Control: join the text of the error by blanks."""
@@ -10748,18 +10757,17 @@ class StoringFiles(QueueCase):
         """The second decides in its last transaction. Control: decided before, the file is gone."""
         self.store("A", big=b"x" * 9000)
         ref = self.entry("A")["ref"]
-        real = runs.Stage.missing
-        calls = []
+        real = runs.Stage.hash_large
+        removed = []
 
-        def missing(stage, entry):
-            found = real(stage, entry)
-            calls.append(stage.queue.connection.in_transaction)
-            if len(calls) == 1 and not calls[0]:    # outside: an rm may come here
-                self.ok("queue", "rm", ref)
-            return found
-        with mock.patch.object(runs.Stage, "missing", missing):
+        def hash_large(stage, entry):
+            real(stage, entry)
+            if not removed:     # it has seen the entry, and no transaction has begun
+                self.assertFalse(stage.queue.connection.in_transaction)
+                removed.append(self.ok("queue", "rm", ref))
+        with mock.patch.object(runs.Stage, "hash_large", hash_large):
             self.store("A", big=b"x" * 9000)
-        self.assertTrue(calls)
+        self.assertEqual(len(removed), 1)
         self.delivered(A={"big": b"x" * 9000})
 
     def test_a_run_that_is_removed_while_its_file_is_copied_again_is_whole(self):
