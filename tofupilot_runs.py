@@ -1343,7 +1343,7 @@ USUAL_SLIPS = {"value": "measured_value", "limit_low": "lower_limit", "low_limit
                "end_time": "ended_at", "status": "outcome", "serial": "serial_number"}
 
 
-# Fields that get returns and create does not know: whoever sends them back means no other.
+# Fields that get returns and create does not know: sending one back is no slip.
 RETURNED = {
     CREATE: ("id", "created_at", "duration", "procedure", "unit", "created_by_user",
              "created_by_station", "attachments"),
@@ -1368,7 +1368,7 @@ class Findings:
         self.warnings = []
 
     def unknown_field(self, record, name, path):
-        """A field that the table does not know: newer servers may, unless it is nearly a known."""
+        """A field outside of the table: a slip is a problem, any other a newer server may know."""
         meant = None
         if name not in RETURNED.get(record, ()):
             meant = nearly_known(name, record.names)
@@ -1435,7 +1435,7 @@ def within_slips(word, other, most):
 def check_record(record, value, path, findings, begin=None):
     """A JSON object as it goes over the wire; what is wrong with it is added to the findings.
 
-    `begin` (epoch seconds) is the begin of the run: see local_reading.
+    `begin` (epoch seconds) is the start of the run: see local_reading.
     """
     prefix = path + "." if path else ""
     wire = {}
@@ -1481,7 +1481,7 @@ SCALAR = Field("scalar", "scalar")
 
 
 def begin_of(value, begin):
-    """The begin of a record with times, in epoch seconds: its own, or that of the run around it."""
+    """The start of a record with times, in epoch seconds: its own, or that of the run around it."""
     try:
         own = local_reading(value["started_at"], parse_time(value["started_at"]), begin)
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
@@ -1561,7 +1561,7 @@ def check_one(field, value, path, findings, begin=None):
 
 
 def local_reading(written, wire, begin):
-    """A local time in its second reading where the first would lie before the begin of the run.
+    """A local time in its second reading where the first would lie before the start of the run.
 
     In the hour that autumn has twice, a time without an offset has two readings.
     """
@@ -1612,7 +1612,7 @@ def check_create(body, problems):
 
 
 def warn_of_verdicts(body, warnings):
-    """Tells outcomes that are better than what they sum up: the server stores them as they are.
+    """Warns of a PASS that contains a FAIL: the server stores outcomes as they are.
 
     A phase that failed is excused by a later one of the same name: that is its retry.
     """
@@ -1942,7 +1942,7 @@ def check_url(raw, allow_http, what):
     require("@" not in parts.netloc, f"{what} must not hold a user name or password")
     require(parts.scheme in ("https", "http") and parts.hostname,
             f"{what} must begin with https://")
-    require(parts.port != 0, f"{what} has no such port")    # and raises where it is no number
+    require(parts.port != 0, f"{what} has an invalid port")    # and raises where it is no number
     if parts.scheme == "http" and not is_this_machine(parts.hostname):
         require(allow_http, f"{what} is plain http: others can read what is sent.\n"
                 "Use https, or --allow-http where the network is trusted")
@@ -2204,8 +2204,8 @@ class Exchange:
 class Transport:
     """Exchanges with the API and the storage; raises Unavailable where there is no answer.
 
-    It is a handler for urllib.request, which closes a connection after each request: here one is
-    kept for each host and proxy. No redirect is followed: there is no handler for them. Whatever a
+    urllib.request closes a connection after each request; http_open, which it calls, keeps one for
+    each host and proxy. No redirect is followed: there is no handler for them. Whatever a
     peer says has its secrets masked before anybody sees it.
     """
     is_dry_run = False
@@ -2869,7 +2869,7 @@ def safe_name(name):
 
 
 def cut_bytes(text, most):
-    """The beginning of a text that takes so many bytes in a file name at most."""
+    """The longest beginning of a text that takes at most `most` bytes in a file name."""
     while len(os.fsencode(text)) > most:
         text = text[:-1]
     return text
@@ -4025,7 +4025,7 @@ class Queue:
     def windows(self, where, *values):
         """Entries (dicts), oldest first, read from the file a few at a time.
 
-        They are without what is large; `files` is how many they have.
+        They are without their bodies; `files` is how many they have.
         """
         names = ", ".join(name for name in self.columns if name != "body")
         last = 0
@@ -4126,7 +4126,7 @@ class Queue:
         return body
 
     def meta(self):
-        """How many entries are waiting, parked, sent and moving, the path, and the bytes of it."""
+        """How many entries are waiting, parked, sent and moving; the path and size of the file."""
         rows = self.sql("SELECT state, count(*) AS count FROM entry GROUP BY state")
         counts = {row["state"]: row["count"] for row in rows}
         found = {state: counts.get(state, 0) for state in ("waiting", "parked", "sent", "moving")}
@@ -4916,7 +4916,7 @@ def is_due(entry, now):
 
 
 class Lane:
-    """What one entry at a time is sent with: connections to the queue file and to the server."""
+    """The connections, to the queue file and to the server, that send one entry after the other."""
 
     def __init__(self, path, client):
         self.queue = Queue(path, must_exist=True)
@@ -5094,7 +5094,7 @@ class SendPass:
             self.changed.notify_all()
 
     def finish(self, lane, entry, error):
-        """Takes down what came of an entry: `error`, or None; the pass may end with it."""
+        """Records how an entry ended: `error`, or None; the pass may end with it."""
         if isinstance(error, Removed):      # another command was quicker; nothing was sent
             return
         if error is None:
@@ -6413,7 +6413,7 @@ class UnitHistory:
         self.first = self.last = None       # (start in seconds, whether it passed)
 
     def add(self, started_at, passed):
-        """One run; of two that start together the one added first is the later: lists are so."""
+        """One run; of two that start together the one added first is the later, as lists are."""
         if self.first is None or started_at <= self.first[0]:
             self.first = (started_at, passed)
         if self.last is None or started_at > self.last[0]:
@@ -8050,7 +8050,7 @@ COMMANDS = {
         LIST.fields + group(
             "page and order",
             Field("all", "flag", "all runs that match"),
-            Field("page_size", "page", "rows a request, 1 to 100", "100"),
+            Field("page_size", "page", "rows per request, 1 to 100", "100"),
         ) + group(
             "output",
             Field("fail_empty", "flag", "exit 4 when no run matches"),
