@@ -2963,7 +2963,7 @@ measurement > value measuredValue > measured_value
 measurement > lowerLimit limit_low low_limit > lower_limit
 measurement > limit_high high_limit uper_limt > upper_limit
 measurement > unit > units
-validator > expected_vlaue > expected_value"""
+validator > expected_vlaue value limit > expected_value"""
 LOG = {"level": "INFO", "timestamp": BEGIN, "message": "m", "source_file": "f", "line_number": 1}
 FAR = "colour operator_note fixture x1 nam3s_of_day id created_at".split()
 
@@ -2979,6 +2979,19 @@ DOUBTS = """
 {"measured_value": "3.3", "validators": [{"operator": "<", "expected_value": 4}]} > measured_value
 {"measured_value": "1.4.0", "validators": [{"operator": "==", "expected_value": "1.4.0"}]} >\x20
 {"measured_value": true, "lower_limit": 0, "upper_limit": 1} >\x20
+{"validators": [{"operator": ">="}, {"operator": "in"}]} > validators[0].expected_value
+{"validators": [{"operator": "range", "expression": "1 to 2"}]} >\x20
+{"measured_value": 4, "lower_limit": 5, "upper_limit": 3} > lower_limit
+{"validators": [{"operator": "<", "expected_value": 3}, {"operator": ">", "expected_value": 5}]} \
+> validators[1].expected_value
+{"measured_value": 3, "validators": [{"operator": ">=", "expected_value": "3.1 V"}]} \
+> validators[0].expected_value
+{"measured_value": 3.5, "lower_limit": 3.1, "upper_limit": 3.4} > outcome
+{"measured_value": 3, "validators": [{"operator": ">", "expected_value": 3}]} > outcome
+{"measured_value": 3, "validators": [{"operator": ">=", "expected_value": 3}]} >\x20
+{"outcome": "UNSET", "measured_value": 3, "lower_limit": 4} >\x20
+{"measured_value": 3, "validators": [{"operator": ">", "expected_value": 4, \
+"is_decisive": false}]} >\x20
 """
 
 
@@ -3042,6 +3055,24 @@ class Checks(unittest.TestCase):
         self.assertEqual(self.doubts(dict(body, outcome="FAIL")), [])
         body["phases"].append(dict(failed, outcome="PASS", retry_count=1))
         self.assertEqual(self.doubts(body), [])
+
+    def test_a_phase_more_than_a_day_apart_from_its_run_is_a_warning(self):
+        """Control: leave either of the two comparisons out."""
+        for name, near, far in (("started_at", "2026-05-18T08:00:01Z", "2026-05-18T07:59:59Z"),
+                                ("ended_at", "2026-05-20T08:00:41Z", "2026-05-20T08:00:43Z")):
+            phase = body_with()["phases"][0]
+            self.assertEqual(self.doubts(dict(BODY, phases=[dict(phase, **{name: near})])), [])
+            body = dict(BODY, phases=[dict(phase, **{name: far})])
+            self.assertEqual(self.doubts(body), [f"phases[0].{name}"])
+
+    def test_doubts_of_one_kind_are_told_once(self):
+        """Control: name the value in the warning."""
+        body = body_with()
+        body["phases"][1]["measurements"] = [
+            {"name": "m", "outcome": "PASS", "measured_value": number, "lower_limit": number + 1}
+            for number in range(9)]
+        warnings = runs.examine("create", body)[1].warnings
+        self.assertEqual(len(runs.group_issues(warnings)), 1, warnings)
 
     def test_all_problems_are_told_at_once_and_those_of_the_top_level_first(self):
         """Control: leave the sort out."""
@@ -8194,6 +8225,16 @@ class Report(unittest.TestCase):
             self.assertIn(mark, self.report({"name": "m", "outcome": "FAIL", "validators": [rule],
                                              "measured_value": value}))
 
+    def test_the_note_of_a_phase_that_did_not_pass_is_shown_on_one_line(self):
+        """Control: leave note_lines out. A note may be long, hostile or of a wrong type."""
+        for note, shown in (("assert 1 >  2\n at t.py\x1b[2J\n\nx", r"assert 1 > 2 at t.py\x1b[2J"),
+                            (["odd"], '["odd"]')):
+            phase = {"name": "p", "outcome": "ERROR", "docstring": note}
+            lines = runs.phase_lines([phase], runs.Screen(io.StringIO()), True)
+            self.assertEqual(lines[-1].strip(), "note: " + shown)
+            self.assertEqual(runs.note_lines(dict(phase, outcome="PASS")), [])
+        self.assertLess(len(runs.note_lines(dict(phase, docstring=99999 * "x"))[0]), 220)
+
     def test_a_limit_that_does_not_decide_is_a_warning(self):
         """Control: leave is_decisive out."""
         rule = {"outcome": "FAIL", "is_decisive": False, "expression": "x >= 1"}
@@ -12192,8 +12233,12 @@ class Form(unittest.TestCase):
 # ---- README --------------------------------------------------------------------------------------
 
 PYTEST_SAMPLE = """
-def test_power(): assert 3.3 > 3.1
-def test_radio(): assert 17.1 > 16
+def test_power(record_property):
+    record_property("vcc", 3.3)
+    assert 3.3 > 3.1
+def test_radio(record_property):
+    record_property("tx_power", 17.1)
+    assert 17.1 > 18
 """
 OPENHTF_SAMPLE = """
 import openhtf, openhtf_report
@@ -12341,8 +12386,12 @@ class ReadmeRecipes(Case):
         self.file("test_unit.py", PYTEST_SAMPLE.encode())
         words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_unit.py"]
         ran = self.ended(self.popen(*words))
-        self.assertEqual(ran.status, 0, ran)
-        self.assertTrue(self.arrived())
+        self.assertEqual(ran.status, 1, ran)
+        self.assertEqual(self.arrived(), {"SN-0001"})
+        report = self.ok("get", "--serial-number", "SN-0001").out
+        self.assertRegex(report, r"FAIL +test_unit.py::test_radio.*\n +note: assert 17.1 > 18\n")
+        self.assertRegex(report, r"PASS vcc +3.3\n")
+        self.assertRegex(report, r"UNSET tx_power +17.1\n")
 
     @unittest.skipUnless(importlib.util.find_spec("openhtf"), "openhtf is not installed")
     def test_the_openhtf_callback_stores_a_run_with_its_measurements(self):

@@ -998,6 +998,10 @@ def group(title, *fields):
 RUN_OUTCOMES = ("PASS", "FAIL", "ERROR", "TIMEOUT", "ABORTED")
 STEP_OUTCOMES = ("PASS", "FAIL", "UNSET")
 OPERATORS = (">=", "<=", ">", "<", "==", "!=", "in", "not in", "matches", "range")
+LOWER = (">=", ">")
+UPPER = ("<=", "<")
+BOUNDS = LOWER + UPPER
+COMPARISONS = BOUNDS + ("==", "!=", "range")
 SOURCES = ("default", "shell", "dotenv", "process", "station", "procedure", "organization")
 
 LIST = Record(
@@ -1338,9 +1342,11 @@ def closest(word, known):
 # ---- checks --------------------------------------------------------------------------------------
 
 # Names that people give to a field of the API; other slips are found by their letters.
-USUAL_SLIPS = {"value": "measured_value", "limit_low": "lower_limit", "low_limit": "lower_limit",
-               "limit_high": "upper_limit", "high_limit": "upper_limit", "start_time": "started_at",
-               "end_time": "ended_at", "status": "outcome", "serial": "serial_number"}
+USUAL_SLIPS = {"value": ("measured_value", "expected_value"), "limit": ("expected_value",),
+               "limit_low": ("lower_limit",), "low_limit": ("lower_limit",),
+               "limit_high": ("upper_limit",), "high_limit": ("upper_limit",),
+               "start_time": ("started_at",), "end_time": ("ended_at",),
+               "status": ("outcome",), "serial": ("serial_number",)}
 
 
 # Fields that get returns and create does not know: sending one back is no slip.
@@ -1389,9 +1395,9 @@ def nearly_known(name, known):
     """
     if not isinstance(name, str):
         return None
-    usual = USUAL_SLIPS.get(name)
-    if usual in known:
-        return usual
+    for usual in USUAL_SLIPS.get(name, ()):
+        if usual in known:
+            return usual
     letters = bare_letters(name)
     for candidate in known:
         other = bare_letters(candidate)
@@ -1512,11 +1518,19 @@ def check_lengths(measurement, prefix, findings):
 
 
 def warn_of_operator(validator, prefix, findings):
-    """The server takes any operator, and nobody can read what an unknown one means."""
+    """The server takes any operator, and nobody can read what an unknown one means.
+
+    It takes a comparison with nothing too.
+    """
     operator = validator.get("operator")
-    if isinstance(operator, str) and operator not in OPERATORS:
+    if not isinstance(operator, str):
+        return
+    if operator not in OPERATORS:
         known = " ".join(OPERATORS)
         findings.warnings.append(f"{prefix}operator: {operator[:20]!r} is not one of {known}")
+    elif validator.get("expected_value") is None and operator in COMPARISONS:
+        if validator.get("expression") is None:
+            findings.warnings.append(f"{prefix}expected_value: missing, to compare with")
 
 
 def data_length(axis):
@@ -1631,24 +1645,82 @@ def warn_of_verdicts(body, warnings):
 
 
 def warn_of_measurement(measurement, path, phase_outcome, warnings):
-    """Tells a failure in what is PASS, and a text that has limits in numbers."""
+    """Tells a failure in what is PASS, and limits that nobody means."""
     outcome = measurement["outcome"]
     if outcome == "FAIL" and phase_outcome == "PASS":
         warnings.append(f"{path}.outcome: FAIL, and its phase is PASS")
-    limits = [
-        measurement.get("lower_limit"),
-        measurement.get("upper_limit"),
-    ]
+    bounds = []         # (place, operator, limit) of what decides
+    for name, operator in (("lower_limit", ">="), ("upper_limit", "<=")):
+        if name in measurement:
+            bounds.append((name, operator, measurement[name]))
     for number, rule in enumerate(measurement.get("validators") or ()):
-        if rule.get("operator") in (">=", "<=", ">", "<"):
-            limits.append(rule.get("expected_value"))
-        is_failed = rule.get("outcome") == "FAIL"
-        if is_failed and outcome == "PASS" and rule.get("is_decisive") is not False:
-            where = f"{path}.validators[{number}]"
-            warnings.append(f"{where}.outcome: FAIL, and its measurement is PASS")
+        if rule.get("is_decisive") is False:
+            continue
+        operator = rule.get("operator")
+        if rule.get("outcome") == "FAIL" and outcome == "PASS":
+            place = f"{path}.validators[{number}]"
+            warnings.append(f"{place}.outcome: FAIL, and its measurement is PASS")
+        elif operator in BOUNDS:
+            bounds.append((number, operator, rule.get("expected_value")))
     value = measurement.get("measured_value")
-    if isinstance(value, str) and any(map(is_number, limits)):
-        warnings.append(f"{path}.measured_value: is text, and its limits are numbers")
+    if not is_within_all(value, bounds):        # else nothing is odd, even for 90,000 of them
+        for place, reason in doubts_about(value, outcome, bounds):
+            if isinstance(place, int):
+                place = f"validators[{place}].expected_value"
+            warnings.append(f"{path}.{place}: {reason}")
+
+
+def is_within_all(value, bounds):
+    """Whether a value and its limits are numbers, and it is within all of them."""
+    if bounds and not is_number(value):
+        return False
+    for _, operator, limit in bounds:
+        if not is_number(limit):
+            return False
+        if value == limit and operator in (">", "<"):
+            return False
+        if value < limit and operator in LOWER:
+            return False
+        if value > limit and operator in UPPER:
+            return False
+    return True
+
+
+def doubts_about(value, outcome, bounds):
+    """(place, reason) of what is odd about a measured value and its limits.
+
+    The reasons hold no values, so that many of a kind are told as one.
+    """
+    numbers = [bound for bound in bounds if is_number(bound[2])]
+    if isinstance(value, str):
+        if numbers:
+            yield "measured_value", "is text, and its limits are numbers"
+        return
+    lower = [bound for bound in numbers if bound[1] in LOWER]
+    upper = [limit for _, operator, limit in numbers if operator in UPPER]
+    for place, _, limit in lower:
+        if upper and limit > min(upper):
+            yield place, "the lower limit is above the upper limit"
+            return
+    if not is_number(value):
+        return
+    for place, _, limit in bounds:
+        if isinstance(limit, str):
+            yield place, "is text, and the measured value is a number"
+    if outcome == "PASS" and not is_within_all(value, numbers):
+        yield "outcome", "PASS, and the measured value is outside of its limits"
+
+
+def warn_of_phase_times(body, warnings):
+    """Tells phases that lie more than a day apart from their run: the clock was set, or a slip."""
+    day = 86400
+    begin = epoch(body["started_at"]) - day
+    end = epoch(body["ended_at"]) + day
+    for number, phase in enumerate(body.get("phases", ())):
+        if epoch(phase["started_at"]) < begin:
+            warnings.append(f"phases[{number}].started_at: more than a day before the run")
+        if epoch(phase["ended_at"]) > end:
+            warnings.append(f"phases[{number}].ended_at: more than a day after the run")
 
 
 def check_sequences(body, problems):
@@ -1682,6 +1754,7 @@ def examine(operation, values):
     if operation == "create" and not findings.problems:
         check_create(wire, findings.problems)
         warn_of_verdicts(wire, findings.warnings)
+        warn_of_phase_times(wire, findings.warnings)
     metadata = wire.get("metadata")
     if operation == "list" and isinstance(metadata, dict):
         check_metadata_filter(metadata, findings.problems)
@@ -6246,6 +6319,7 @@ def phase_lines(phases, screen, failed_only):
             if not rows and phase.get("outcome") in ("PASS", "SKIP"):
                 continue
         lines.append(phase_line(phase, screen))
+        lines += note_lines(phase)
         names = [printable(row.get("name")) for row in rows]
         width = max(map(display_width, names), default=0)
         for row in rows:
@@ -6266,6 +6340,17 @@ def phase_line(phase, screen):
     outcome = screen.paint(word)
     took = duration_text(phase.get("duration"))
     return f"{outcome} {truncate(name, room)}{took:>9}".rstrip()
+
+
+def note_lines(phase):
+    """The first paragraph of the note of a phase that did not pass: test programs say there why."""
+    note = phase.get("docstring")
+    if note in (None, "") or phase.get("outcome") == "PASS":
+        return []
+    text = printable(note, 1000, keep="\n\t").strip()
+    words = text.partition("\n\n")[0].split()
+    text = truncate(" ".join(words), 200).rstrip()
+    return [f"  note: {text}"]
 
 
 def measurement_lines(row, screen, width):
