@@ -12390,8 +12390,8 @@ class ReadmeRecipes(Case):
         self.assertEqual(self.arrived(), {"SN-0001"})
         report = self.ok("get", "--serial-number", "SN-0001").out
         self.assertRegex(report, r"FAIL +test_unit.py::test_radio.*\n +note: assert 17.1 > 18\n")
-        self.assertRegex(report, r"PASS vcc +3.3\n")
-        self.assertRegex(report, r"UNSET tx_power +17.1\n")
+        self.assertRegex(report, r"PASS +vcc +3.3\n")
+        self.assertRegex(report, r"UNSET +tx_power +17.1\n")
 
     @unittest.skipUnless(importlib.util.find_spec("openhtf"), "openhtf is not installed")
     def test_the_openhtf_callback_stores_a_run_with_its_measurements(self):
