@@ -6220,7 +6220,7 @@ class HostileServers(SecretCase):
         box.fault("raw", times=None, data=b"HTTP/1.1 200 OK\r\nX: ", forever=b"x")
         ran = self.fails(6, "ls", "--url", "https://api.example", "--timeout", "0.2", *ONCE,
                          env={"HTTPS_PROXY": box.url})
-        self.assertIn("no complete answer", ran.err)
+        self.assertRegex(ran.err, "no complete answer|no answer within")    # the first byte is late
 
     def test_a_file_that_comes_larger_or_smaller_than_told_is_not_saved(self):
         """Control: without the count in fetch, the first rows are saved with exit 0."""
@@ -11868,11 +11868,13 @@ def trials(argv):
         wanted = int(share * args.kills)
         until = time.time() + share * 60 * args.minutes
         trial = Trial(wanted, args.seed + number, knows_ref, until, crowd)
-        wrong.update(trial.run())
+        found = trial.run()
+        wrong.update(found)
         kills += trial.kills
         count += len(trial.expected)
         done = dict(trial.commands)
-        print(f"  {trial.kills} kills, {len(trial.expected)} runs; {done}", flush=True)
+        print(f"  {trial.kills} kills, {len(trial.expected)} runs, wrong: {found}; {done}",
+              flush=True)
         for ran in trial.bugs[:3]:
             print(ran)
     took = time.time() - started
