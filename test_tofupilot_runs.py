@@ -2921,7 +2921,16 @@ WRONG_BODIES = r"""
 {"sub_units": ["ok", "\u00e9"]} > sub_units[1]:
 {"started_at": "now"} > started_at:
 {"started_at": "2026-05-19"} > started_at: give the
-{"ended_at": "x"} > ended_at: not a time
+{"ended_at": "x"} > ended_at: 'x' is not a time: use 2026
+{"ended_at": "25.1.2026"} > ended_at: '25.1.2026' is not a time: use 2026-01-25T08:00:00
+{"ended_at": "25.11.2026 9:00"} > ended_at: '25.11.2026 9:00' is not a time: use 2026-11-25T08:00:00
+{"ended_at": "25.11.2026 09:00"} > ended_at: '25.11.2026 09:00' is not a time: use 2026-11-25T09:00
+{"ended_at": "2026-13-01T08:00:00Z"} > ended_at: '2026-13-01T08:00:00Z' is not a time: month
+{"sub_units": ["A,B"]} > sub_units[0]: the server takes A-Z a-z 0-9 and _ . : + - only, not \
+',': separate several with spaces
+{"part_number": "a/b"} > part_number: the server takes A-Z a-z 0-9 and _ . : + - only, not \
+'/': write _
+{"metadata": {"a/b": 1}} > metadata.a/b: a key has 1 to 40 of A-Z a-z 0-9 and _ . : + -: write _
 {"ended_at": 5} > ended_at: must be text
 {"ended_at": "2026-05-19T09:59:59+02:00"} > ended_at: is before started_at
 {"slot_key": "a"} > slot_key: needs execution_id
@@ -3007,6 +3016,12 @@ class Checks(unittest.TestCase):
     def test_each_wrong_field_of_a_create_is_a_problem_with_its_path(self):
         for text, begin in cells_of(WRONG_BODIES):
             self.has_one_problem(json.loads(text), begin)
+
+    def test_letters_that_the_server_does_not_take_are_told_with_what_to_write(self):
+        """Control: say letters, which an umlaut is."""
+        for fields in ({"batch_number": "L\xfc"}, {"metadata": {"pr\xfcfer": 1}}):
+            problem, = problems_of(dict(BODY, **fields))
+            self.assertRegex(problem, "A-Z a-z.* write ue for \xfc")
 
     def test_what_is_too_long_or_too_much_is_a_problem_with_its_path(self):
         many = {f"k{number}": number for number in range(51)}
@@ -3196,6 +3211,8 @@ class Checks(unittest.TestCase):
         issues = caught.exception.as_json()["issues"]
         self.assertEqual(len(issues), 300)
         text = runs.group_issues(issues)
+        times = [f"logs[{number}].timestamp: '{number}' is not a time" for number in range(9)]
+        self.assertEqual(len(runs.group_issues(times)), 1)
         self.assertEqual(text, [MEASUREMENT_PATH + ".outcome: missing (and 299 more like it)"])
 
     @in_new_york
@@ -4896,6 +4913,12 @@ class Getting(Case):
             self.assertIn(cell, sheet)
         self.assertIn("--out", self.fails(2, "ls", "--format", "xlsx", tty=True).err)
 
+    def test_a_name_that_ends_with_xlsx_is_a_workbook_unless_a_format_is_given(self):
+        """Control: leave the ending out of format_wanted, or let it win."""
+        for words, begin in (([], b"PK"), (["--format", "csv"], b"\"id"), (["--json"], b"{")):
+            self.ok("ls", *words, "--out", "a.XLSX")
+            self.assertEqual(content("a.XLSX")[:len(begin)], begin)
+
     def test_download_saves_all_files_under_safe_names_and_overwrites_none(self):
         run_id = self.made()
         long_name = "\u6e2c" * 90
@@ -5146,6 +5169,20 @@ class Metadata(Case):
         self.ok("update-metadata", "--id", run_id, "--metadata", '{"lot": null, "d": true}')
         self.assertEqual(self.client().get(run_id)["metadata"], {"a": 5, "c": "1.10", "d": True})
 
+    def test_commas_in_place_of_points_or_spaces_are_a_warning(self):
+        """Control: leave warn_of_commas out of one of the commands."""
+        run_id = self.made()
+        for command in (["update-metadata", run_id], CREATE):
+            for word, told in (("t=24,5", "text; a number has a point: t=24.5"),
+                               ("a=1,b=2", "is one key; several are separated by spaces")):
+                self.assertIn(f"--set {word} ", self.ok(*command, "--set", word).err)
+                self.assertIn(told, self.ok(*command, "--set", word).err)
+            self.assertEqual(self.ok(*command, "--set", "a=x, y", "b=24.5").err, "")
+        for name in ("serial-numbers", "part-numbers"):
+            self.assertIn("separate", self.ok("ls", "--" + name, "A,B").err)
+        self.assertIn("by spaces", self.fails(4, "get", f"{run_id},{run_id}").err)
+        self.assertIn("by spaces", self.fails(2, *CREATE, "--attach", "a.png,b.txt").err)
+
     def test_metadata_of_a_wrong_form_is_told_beside_set_and_unset_too(self):
         """Control: take what is false for no metadata, or look for keys in whatever it is."""
         for metadata in ("[]", "0", "false"):
@@ -5379,7 +5416,8 @@ class StationCheck(Case):
 # Command lines that are refused, and what the message tells if not the name of the last flag.
 WRONG_VALUES = """
 ls --outcomes PASSED > --outcomes PASS
-ls --started-after soon
+ls --started-after soon > --started-after 'soon'
+ls --started-after 25.11.2026 > --started-after 2026-11-25T08:00:00
 ls --limit 0
 ls --limit=-5
 ls --limit 1.5

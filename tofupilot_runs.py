@@ -442,10 +442,13 @@ def parse_time(text, fold=0):
                 f"give the time of day too, such as {text}T08:00:00Z")
         require(not is_relative_time(text),
                 f"{text} would make each repetition another run: give the whole time")
-        raise ValueError("not a time: use 2026-05-19T08:00:00Z, with any offset")
+        raise not_a_time(text, "use 2026-05-19T08:00:00Z, with any offset")
     *parts, fraction, offset = match.groups("")
     numbers = [int(part or 0) for part in parts]
-    naive = datetime.datetime(*numbers, fold=fold)
+    try:
+        naive = datetime.datetime(*numbers, fold=fold)
+    except ValueError as error:
+        raise not_a_time(text, error) from None
     if not offset:
         offset = naive.replace(tzinfo=local_zone(naive)).isoformat()[19:25]
     elif offset in "Zz":
@@ -461,6 +464,15 @@ def parse_time(text, fold=0):
     except OverflowError:
         raise ValueError(f"{text} is outside of the years 1 to 9999 in UTC") from None
     return found
+
+
+def not_a_time(text, reason):
+    """The ValueError for what is no time; a date such as 25.11.2026 is told as it has to be."""
+    match = re.match(r"(?a)(\d\d?)\.(\d\d?)\.(\d{4})(?: +(\d\d:\d\d(?::\d\d)?))?", text)
+    if match:
+        day, month, year, hours = match.groups("08:00:00")
+        reason = f"use {year}-{month:0>2}-{day:0>2}T{hours}"
+    return ValueError(f"{text[:60]!r} is not a time: {reason}")
 
 
 def parse_when(text, now):
@@ -490,12 +502,9 @@ def parse_when(text, now):
             raise ValueError(f"{text} ago is before the year 1") from None
     require(not re.fullmatch(_AGO, word[1:]) or word[0] != "-",
             f"{word[1:]} means that long ago already: leave the minus out")
-    try:
+    if re.fullmatch(_TIME, text.strip()):
         return parse_time(text)
-    except ValueError as error:
-        require(re.fullmatch(_TIME, text.strip()),
-                "not a time: use 2026-05-19T08:00:00Z, a date, today, 24h (ago) or now")
-        raise error
+    raise not_a_time(text, "use 2026-05-19T08:00:00Z, a date, today, 24h (ago) or now")
 
 
 @functools.lru_cache(maxsize=64)    # the checks, their order and the ref ask for the same times
@@ -711,14 +720,14 @@ def parse_word(text):
 
 
 def group_issues(issues):
-    """Problems that differ in their list indices alone, told once with their count.
+    """Problems that differ in list indices, or in the value at the place, told once with a count.
 
     >>> group_issues(["a[0].b: missing", "a[1].b: missing", "c: is empty"])
     ['a[0].b: missing (and 1 more like it)', 'c: is empty']
     """
     first, counts = {}, collections.Counter()
     for issue in issues:
-        kind = re.sub(r"\[\d+\]", "[]", issue)
+        kind = re.sub(r"\[\d+\]|(?<=: )'[^']*'(?= is not )", "[]", issue)
         first.setdefault(kind, issue)
         counts[kind] += 1
     lines = []
@@ -773,6 +782,7 @@ def names_a_file(word):
 # keys.
 
 _IDENTIFIER = r"[a-zA-Z0-9_.:+-]+"
+IDENTIFIER_CHARACTERS = "A-Z a-z 0-9 and _ . : + -"
 
 
 def check_text(value, field):
@@ -796,9 +806,19 @@ def check_identifier(value, field):
     require(value, "is empty")
     require(len(value) <= 60, f"has {len(value)} characters, the server takes 60")
     wrong = sorted(set(re.sub(_IDENTIFIER, "", value)))
-    require(not wrong, "the server takes letters, digits and _ . : + - only, not "
-            + " ".join(map(repr, wrong)))
+    shown = " ".join(map(repr, wrong))
+    require(not wrong, f"the server takes {IDENTIFIER_CHARACTERS} only, not {shown}"
+            + advice_on(wrong, field.many))
     return value
+
+
+def advice_on(wrong, many=False):
+    """What to write in place of characters that a name cannot have."""
+    if many and "," in wrong:
+        return ": separate several with spaces"
+    if any(character.isalpha() for character in wrong):
+        return ": write ue for \u00fc, for example"
+    return ": write _ in their place"
 
 
 def check_name(value, field):
@@ -1225,7 +1245,7 @@ GLOBAL = Record(
     *group(
         "output",
         Field("json", "flag", "the server's JSON on stdout, and errors as JSON on stderr"),
-        Field("format", "enum", "form of the output; xlsx is a workbook", "csv", FORMATS),
+        Field("format", "enum", "form of the output; --out NAME.xlsx is xlsx, a workbook", "csv", FORMATS),
         Field("columns", "text", "fields to show, as dotted paths with commas and no spaces",
               "id,unit.serial_number"),
         Field("out", "path", "write to a file, which is replaced at the end only", "runs.csv"),
@@ -1598,7 +1618,10 @@ def check_keys(value, path, findings):
         wire[key] = item
         text = str(key)
         if len(text) > 40 or not re.fullmatch(_IDENTIFIER, text):
-            findings.problems.append(f"{name}: a key has 1 to 40 letters, digits and _ . : + -")
+            wrong = re.sub(_IDENTIFIER, "", text)
+            advice = advice_on(wrong) if wrong else ""
+            findings.problems.append(
+                f"{name}: a key has 1 to 40 of {IDENTIFIER_CHARACTERS}{advice}")
         if not isinstance(key, str):
             findings.problems.append(f"{name}: a key must be text")
         if item is not None:
@@ -2857,6 +2880,8 @@ class LocalFile:
             number = os.open(self.path, flags)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
+            if "," in self.path:
+                reason = f"{reason} (several files are separated by spaces)"
             raise BadInput(f"cannot read {self.path}: {reason}",
                            "name a file that this user can read") from None
         if not stat.S_ISREG(os.fstat(number).st_mode):      # a FIFO would block for ever
@@ -3678,7 +3703,9 @@ def no_such_id(operation, wire, error):
     found = NotFound(f"no {kind} {shown} ({error.status}): {error.reason}",
                      "copy the whole ID; ls -q prints bare IDs", error.status, error.code,
                      error.issues, error.reason)
-    if len(id) != 36:
+    if "," in id:
+        found.with_note("several IDs are separated by spaces, not commas")
+    elif len(id) != 36:
         found.with_note(f"this ID has {counted(len(id), 'character')}, IDs have 36")
         how = f"get --serial-number {shown} shows its newest run"
         if operation != "get":
@@ -6809,12 +6836,20 @@ class Call:
         self.name = name
         self.arguments = arguments
         self.get = arguments.get
-        self.format = "json" if self.get("json") else self.get("format") or "table"
+        self.format = self.format_wanted()
         self.is_quiet = bool(self.get("q"))
         self.console = Console(self.format, self.is_quiet, bool(self.get("v")))
         self.is_dry_run = bool(self.get("dry_run"))
         self.client_made = None
         self.queued_exit_code = None       # the exit status, once a run is in the queue
+
+    def format_wanted(self):
+        """The form of the output; a name that ends with .xlsx says it too."""
+        if self.get("json"):
+            return "json"
+        out = self.get("out") or ""
+        usual = "xlsx" if out.lower().endswith(".xlsx") else "table"
+        return self.get("format") or usual
 
     def client(self, retries=3):
         """The Client of this command, made once: one login, one set of connections.
@@ -6924,9 +6959,11 @@ def summary_result(pages):
 def warn_of_filters(call, filters):
     """Tells filters that no run can match, which would look as if there were none."""
     call.warn_of_zone()
-    serial_numbers = filters.get("serial_numbers", ())
-    if "," in "".join(serial_numbers):
-        call.console.warn("no serial number has a comma: separate serial numbers with spaces")
+    for name in ("ids", "procedure_ids", "serial_numbers", "part_numbers", "revision_numbers",
+                 "batch_numbers"):
+        if "," in "".join(filters.get(name, ())):
+            words = name.replace("_", " ").replace("ids", "IDs")
+            call.console.warn(f"no {words[:-1]} has a comma: separate {words} with spaces")
     for name in ("started", "ended", "created"):
         after = epoch(filters.get(f"{name}_after"))
         before = epoch(filters.get(f"{name}_before"))
@@ -7124,8 +7161,21 @@ def read_relative_times(values):
             values[name] = parse_when(value, now)
 
 
+def warn_of_commas(call):
+    """Tells words of --set that are text, or one key, because of a comma."""
+    for word in call.arguments.flags.get("set") or ():
+        key, _, value = word.partition("=")
+        start = f"--set {printable(word, 60)}"
+        if re.fullmatch(r"[+-]?\d+,\d+", value):
+            number = value.replace(",", ".")
+            call.console.warn(f"{start} is text; a number has a point: {printable(key)}={number}")
+        elif re.search(r",\s*[\w.:+-]+=", value):
+            call.console.warn(f"{start} is one key; several are separated by spaces")
+
+
 def warn_of_create(call, wire, findings):
     call.warn_of_zone()
+    warn_of_commas(call)
     end = epoch(wire.get("ended_at"))
     if end is not None and end > time.time() + 3600:
         call.console.warn(f"the run ends in the future, {wire['ended_at']}: is this machine's "
@@ -7258,6 +7308,7 @@ def run_update_metadata(call):
     wire = call.arguments.wire("update_metadata")
     if not wire.get("metadata"):
         raise BadInput("--metadata, --set or --unset is missing", "such as --set shift=A")
+    warn_of_commas(call)
     answer = call.client().update_metadata(**wire)
     set_keys = [key for key, value in wire["metadata"].items() if value is not None]
     removed_keys = [key for key, value in wire["metadata"].items() if value is None]
@@ -8142,7 +8193,7 @@ COMMANDS = {
             Field("summary", "flag", "counts, yields and the serials that fail most, of all pages"),
         ),
         ["--procedure-ids proc_abc --outcomes PASS --limit 50",
-         "--started-after yesterday --outcomes FAIL --all --format xlsx --out failures.xlsx",
+         "--started-after yesterday --outcomes FAIL --all --out failures.xlsx",
          "--serial-numbers SN-0001 --fail-empty -q",
          "--started-after 7d --summary"],
         columns=" ".join(RUN_CSV_COLUMNS) + " metadata.KEY"),
@@ -8162,7 +8213,7 @@ COMMANDS = {
             Field("exit_status", "flag", "exit 10 unless every run is PASS"),
         ),
         ["run_abc123", "--serial-number SN-0001 --failed-only --logs",
-         "run_abc123 --download evidence", "--ids @ids.txt --format xlsx --out m.xlsx"],
+         "run_abc123 --download evidence", "--ids @ids.txt --out measurements.xlsx"],
         "ID ...", "ids",
         columns=" ".join(MEASUREMENT_COLUMNS) + " for a row for each measurement; or those of ls"),
     "create": Command(
@@ -8658,8 +8709,6 @@ def run_and_write(call):
     out = call.get("out")
     if out and os.path.realpath(local_path(out)) in queue_files(call):
         raise BadInput(f"--out: {printable(out)} is the queue itself", "name another file")
-    if out and out.lower().endswith(".xlsx") and call.format != "xlsx":
-        call.console.warn(f"{printable(out)} will be no workbook: add --format xlsx")
     result = COMMANDS[call.name].run(call)
     is_dry = call.is_dry_run and call.client_made
     if is_dry:
