@@ -2085,8 +2085,9 @@ def serve(argv):
     except (OSError, OverflowError, sqlite3.Error) as error:
         message = f"cannot serve: {error}"
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            message = (f"port {args.port} is busy: stop what uses it,"
-                       " or choose another with --port")
+            other = args.port % 65535 + 1
+            message = (f"port {args.port} is busy: stop what uses it, or\n"
+                       f"  python3 test_tofupilot_runs.py serve --port {other}")
         print(message, file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # it leaves no temp folder either
@@ -5457,6 +5458,14 @@ ls --started-after=-7d > --started-after minus
 rm --all > rm --ids ls --all
 rm --outcomes FAIL > rm --ids ls --outcomes
 get --started-after 7d > get --ids ls --started-after
+get --outcome PASS > ls --outcomes -q
+rm --serial-number A > ls --serial-numbers -q
+update-metadata a --serial-number A > ls --serial-numbers -q
+update-metadata a --outcome PASS > cannot be changed
+update a --part-number A > cannot be changed
+ls --set a=1 > update-metadata
+get a --download run.json > --download folder
+create --sub-units > --sub-units ""
 update-metadata a --set lot = L8 > --set lot spaces
 update-metadata a --metadata {'shift':'C'} > --metadata JSON has double quotes
 create --outcome PASS --started-at 2026-05-19 > --started-at time of day
@@ -5600,6 +5609,7 @@ class WrongCommandLines(Case):
         return error
 
     def test_a_wrong_value_is_refused_with_the_name_of_its_flag(self):
+        self.file("run.json")
         for words, told in lines_of(WRONG_VALUES):
             flags = re.findall(r"--[a-z-]+", " ".join(words))
             self.refused(words, *told or flags[-1:])
@@ -5689,6 +5699,20 @@ class WrongCommandLines(Case):
         self.assertIn("no run matched", error["hint"])
         self.assertIn("--ids: stdin is empty", self.fails(2, "rm", "-").err)
 
+    def test_a_file_of_ids_without_its_at_sign_is_told_with_it(self):
+        """Control: take it for a serial number."""
+        self.file("old.txt", self.made().encode())
+        for command in ("get", "rm"):
+            self.assertIn("did you mean @old.txt?", self.fails(4, command, "old.txt").err)
+        self.ok("rm", "@old.txt")
+
+    def test_an_empty_word_makes_an_empty_list_of_sub_units(self):
+        """Control: take it for a serial number that is empty. It overrides those of a body."""
+        body = json.dumps(dict(BODY, sub_units=["X-1"]))
+        self.ok("create", "--body", body, "--sub-units", "")
+        sent, = self.sent("POST")
+        self.assertEqual(sent[3]["sub_units"], [])
+
     def test_a_word_too_many_is_refused(self):
         """queue send FILE would send another queue."""
         self.ok(*CREATE, "--offline", *QUEUE)
@@ -5722,6 +5746,9 @@ class WrongCommandLines(Case):
         for data, told in (
                 (b'{\n "a": 1\n "b": 2}', "line 3, column 2"),
                 (b'{\n "a": "M\xfcller"}', "line 2, column 9.*0xfc"),
+                (b'{"a": 3,31}', "line 1, column 9.*a decimal point, not a comma"),
+                (b"{'a': 1}", "line 1, column 2.*JSON has double quotes"),
+                (b'{"a": None}', "line 1, column 7.*true, false and null"),
                 (b'{"a": [1, nan]}', "line 1, column 11.*nan")):
             path = self.file("run.json", data)
             for word, place in (("@" + path, "run.json"), ("-", "stdin")):
@@ -5762,6 +5789,15 @@ class WrongCommandLines(Case):
 
 class CommandLine(Case):
     """What a flag means, where it stands, and what is said about failures."""
+
+    def test_a_sandbox_whose_port_is_busy_names_the_command_for_another(self):
+        """Control: name the flag alone, which make does not take."""
+        port = int(self.box.url.rpartition(":")[2])
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            self.assertEqual(serve(["--port", str(port)]), 1)
+        command = f"python3 test_tofupilot_runs.py serve --port {port % 65535 + 1}"
+        self.assertIn(command, told.getvalue())
 
     def test_flags_without_a_command_are_told(self):
         """Control: take the None of argparse for a word."""
@@ -6874,6 +6910,8 @@ class Secrets(SecretCase):
             os.chmod(own, mode)
             told = self.ok("ls", "--api-key-file", path).err
             self.assertEqual(f"{path} can be read by other users" in told, is_open)
+            told = self.ok("ls", "--api-key-file", "key").err       # it is a file, so no key
+            self.assertEqual("key can be read by other users" in told, is_open)
             told = self.ok("ls", env={"TOFUPILOT_API_KEY": ""}).err
             self.assertEqual("credentials.json can be read" in told, is_open)
         ran = self.fails(3, "check", env={"TOFUPILOT_API_KEY": ""})
@@ -8262,6 +8300,16 @@ class Report(unittest.TestCase):
             rule = {"outcome": "FAIL", "expected_value": limit, "expression": "e"}
             self.assertIn(mark, self.report({"name": "m", "outcome": "FAIL", "validators": [rule],
                                              "measured_value": value}))
+
+    def test_a_column_of_another_command_is_told_with_its_name_here(self):
+        """Control: leave usual_path out."""
+        run, entry = {"id": 1, "unit": {}, "procedure": {}}, {"serial_number": "A", "unit": None}
+        for row, asked, meant in ((run, "serial_number", "unit.serial_number"),
+                                  (run, "part_number", "unit.part.number"),
+                                  (entry, "units.serial_number", "serial_number")):
+            column = runs.ColumnPath(asked)
+            column.observe(row)
+            self.assertRegex(column.warning(), f"did you mean {meant}\\?")
 
     def test_the_note_of_a_phase_that_did_not_pass_is_shown_on_one_line(self):
         """Control: leave note_lines out. A note may be long, hostile or of a wrong type."""

@@ -316,7 +316,20 @@ def load_input_json(data):
         line = lines[error.lineno - 1]
         there = line[max(0, error.colno - 20):error.colno + 20].strip()
         place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{error.msg} at {place}: {printable(there)}") from None
+        advice = advice_on_json(text, error.pos)
+        raise ValueError(f"{error.msg} at {place}: {printable(there)}{advice}") from None
+
+
+def advice_on_json(text, place):
+    """What to write where JSON breaks off, for the usual slips; else nothing."""
+    rest = text[place:]
+    if re.match(r"[\w\s\]]*'", rest):
+        return " (JSON has double quotes)"
+    if re.match("True|False|None", rest):
+        return " (JSON writes true, false and null)"
+    if re.search(r"\d, ?$", text[:place]) and rest[:1].isdigit():
+        return " (a decimal point, not a comma)"
+    return ""
 
 
 def require_shallow(value):
@@ -1180,7 +1193,7 @@ CREATE = Record(
         Field("revision_number", "identifier", "its revision", "B"),
         Field("batch_number", "identifier", "its batch", "2026-W20"),
         Field("sub_units", "identifier", "serial numbers of the units inside; each needs a run of "
-              "its own first", "PSU-1 FAN-2", many=True),
+              "its own first; \"\" for none", "PSU-1 FAN-2", many=True),
     ),
     *group(
         "when",
@@ -1245,7 +1258,8 @@ GLOBAL = Record(
     *group(
         "output",
         Field("json", "flag", "the server's JSON on stdout, and errors as JSON on stderr"),
-        Field("format", "enum", "form of the output; --out NAME.xlsx is xlsx, a workbook", "csv", FORMATS),
+        Field("format", "enum", "form of the output; --out NAME.xlsx is xlsx, a workbook", "csv",
+              FORMATS),
         Field("columns", "text", "fields to show, as dotted paths with commas and no spaces",
               "id,unit.serial_number"),
         Field("out", "path", "write to a file, which is replaced at the end only", "runs.csv"),
@@ -3703,7 +3717,9 @@ def no_such_id(operation, wire, error):
     found = NotFound(f"no {kind} {shown} ({error.status}): {error.reason}",
                      "copy the whole ID; ls -q prints bare IDs", error.status, error.code,
                      error.issues, error.reason)
-    if "," in id:
+    if names_a_file(id):
+        found.hint = f"did you mean @{shown}? That reads the IDs in the file"
+    elif "," in id:
         found.with_note("several IDs are separated by spaces, not commas")
     elif len(id) != 36:
         found.with_note(f"this ID has {counted(len(id), 'character')}, IDs have 36")
@@ -5545,13 +5561,29 @@ class ColumnPath:
         """What to tell about a path that no object holds, or None."""
         if not self.is_missing:
             return None
-        guess = closest(self.keys[self.depth], sorted(self.siblings))
         text = f"--columns: {self.path} is in none of the rows"
-        if guess is None:
+        meant = self.usual_path()
+        guess = closest(self.keys[self.depth], sorted(self.siblings))
+        if meant is None and guess:
+            keys = list(self.keys)
+            keys[self.depth] = guess
+            meant = ".".join(keys)
+        if meant is None:
             return f"{text}; --help lists the usual ones"
-        meant = list(self.keys)
-        meant[self.depth] = guess
-        return f"{text}; did you mean {'.'.join(meant)}?"
+        return f"{text}; did you mean {meant}?"
+
+    def usual_path(self):
+        """The column of a run for a column of measurements, and the other way round, or None."""
+        if self.depth:
+            return None
+        last = self.keys[-1]
+        if last in self.siblings:
+            return last
+        for path in RUN_CSV_COLUMNS:
+            is_here = path.partition(".")[0] in self.siblings
+            if is_here and path.replace(".", "_").endswith("_" + self.path):
+                return path
+        return None
 
 
 class Screen:
@@ -6717,8 +6749,8 @@ class Arguments:
         """Adds what arrived, and how JSON survives a shell, to an error about JSON in a word."""
         got = f"got: {printable(word, 60)}"
         if word[:1] in ("{", "[") and '"' not in word:
-            why = "JSON has double quotes" if "'" in word else "the shell removed the double quotes"
-            got += f"     ({why})"
+            if "'" not in word:
+                got += "     (the shell removed the double quotes)"
         hint = f"put the JSON in a file: {flag_name(name)} @FILE"
         if name == "metadata" and "set" in self.fields:
             hint = "--set key=value, or " + hint
@@ -6759,6 +6791,8 @@ class Arguments:
                 values[field.name] = self.read_json(field.name)
             elif field.many and field.kind in ("id", "serial"):
                 values[field.name] = self.read_list(self.flags[field.name], field.name)
+            elif field.name == "sub_units" and not any(self.flags["sub_units"]):
+                values["sub_units"] = []
             elif field.many and field.kind == "enum":
                 words = ",".join(self.flags[field.name]).split(",")
                 values[field.name] = [word for word in words if word.strip()] or words
@@ -6815,8 +6849,8 @@ class Arguments:
             if folder.strip("/\\") and os.path.isdir(folder):
                 shown = path
             try:
-                with open(path, "rb") as file:
-                    warn_of_readers(shown, os.fstat(file.fileno()), warn)
+                with open(path, "rb") as file:      # so it is a file's name, and no key
+                    warn_of_readers(path, os.fstat(file.fileno()), warn)
                     data = file.read(ERROR_LIMIT)
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or "the name is not valid"
@@ -7010,6 +7044,10 @@ def tell_pages(call, first_page, pages, wants_all):
 
 
 def run_get(call):
+    folder = call.get("download")
+    if folder and os.path.exists(folder) and not os.path.isdir(folder):
+        raise BadInput(f"--download: {printable(folder)} is a file",
+                       "name a folder, such as --download evidence")
     client = call.client()
     serial_number = call.get("serial_number")
     if serial_number is not None:
@@ -8453,6 +8491,8 @@ class Parser(argparse.ArgumentParser):
         hint = f"see {self.prog} --help"
         if "expected" in message:
             hint += "; a value that begins with - needs = before it"
+        if "--sub-units: expected" in message:
+            hint = 'for a run without sub-units: --sub-units ""'
         if re.search("-(after|before): expected", message):
             hint = "such as 7d (that long ago, without a minus), today or 2026-05-19T08:00:00Z"
         raise BadInput(message.replace("argument ", "", 1), hint)
@@ -8614,10 +8654,29 @@ def refuse_unknown_flags(path, fields, words, argv):
             example = f"{path} {meant} {known[meant].example}".strip()
             hint = f"did you mean {meant}? Example: {example}"
         is_singular_known = word[:-1] in known
-        if path in ("get", "rm") and word in filters_of_ls() and not is_singular_known:
-            hint = (f"{path} takes IDs, and ls finds them: {PROG} ls {word} ... -q > ids.txt,\n"
-                    f"then {PROG} {path} --ids @ids.txt")
+        if not is_singular_known:
+            hint = hint_for_flag(path, word) or hint
         raise BadInput(f"unknown option {printable(word, 60)}", hint)
+
+
+def hint_for_flag(path, word):
+    """What to do where a flag belongs to another command, or None."""
+    filters = filters_of_ls()
+    flag = word
+    if word not in filters:
+        flag = word + "s"
+    if path in ("get", "rm") and flag in filters:
+        return (f"{path} takes IDs, and ls finds them: {PROG} ls {flag} ... -q > ids.txt,\n"
+                f"then {PROG} {path} --ids @ids.txt")
+    changes_run = path in ("update", "update-metadata", "create-attachment")
+    if changes_run and flag == "--serial-numbers":
+        return f"{path} takes an ID, and {PROG} ls {flag} SN-0001 -q prints it"
+    if changes_run and word[2:].replace("-", "_") in CREATE.by_name:
+        return (f"results cannot be changed, metadata can: {PROG} update-metadata RUN_ID "
+                "--set key=value")
+    if path in ("ls", "get") and word == "--set":
+        return f"{path} changes nothing: {PROG} update-metadata RUN_ID --set key=value does"
+    return None
 
 
 def filters_of_ls():
