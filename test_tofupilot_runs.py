@@ -8303,9 +8303,10 @@ class Report(unittest.TestCase):
 
     def test_a_column_of_another_command_is_told_with_its_name_here(self):
         """Control: leave usual_path out."""
-        run, entry = {"id": 1, "unit": {}, "procedure": {}}, {"serial_number": "A", "unit": None}
+        run, entry = {"id": 1, "unit": {"serial_number": "A", "part": {}}}, {"serial_number": "A", "unit": None}
         for row, asked, meant in ((run, "serial_number", "unit.serial_number"),
                                   (run, "part_number", "unit.part.number"),
+                                  (run, "unit.part_number", "unit.part.number"),
                                   (entry, "units.serial_number", "serial_number")):
             column = runs.ColumnPath(asked)
             column.observe(row)
@@ -12489,7 +12490,9 @@ class ReadmeRecipes(Case):
         ran = self.ended(self.popen(sys.executable, sample))
         self.assertEqual(ran.status, 0, ran)
         self.assertEqual(self.arrived(), {"SN-0007"})
-        self.assertIn("vcc", self.ok("get", "--serial-number", "SN-0007").out)
+        report = self.ok("get", "--serial-number", "SN-0007", "--logs").out
+        self.assertIn("vcc", report)
+        self.assertNotIn("DEBUG", report)
 
 
 def readme_text():

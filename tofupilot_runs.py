@@ -3474,7 +3474,8 @@ class Client:
                     error.hint = "a station key deletes nothing: use a user key"
                 raise
         if missing and not gone:
-            missing.hint = "copy whole IDs, ls -q prints them; what was deleted is gone"
+            missing.hint = (f"copy whole IDs: {PROG} ls --serial-numbers SN-0001 -q prints those "
+                            "of a unit;\na run that is deleted already is gone")
             raise missing
         return {"id": gone}
 
@@ -5574,14 +5575,17 @@ class ColumnPath:
 
     def usual_path(self):
         """The column of a run for a column of measurements, and the other way round, or None."""
-        if self.depth:
-            return None
         last = self.keys[-1]
-        if last in self.siblings:
+        if self.depth == 0 and last in self.siblings:
             return last
+        words = "_".join(self.keys)
+        first_keys = set(self.siblings)
+        if self.depth:
+            first_keys = {self.keys[0]}
         for path in RUN_CSV_COLUMNS:
-            is_here = path.partition(".")[0] in self.siblings
-            if is_here and path.replace(".", "_").endswith("_" + self.path):
+            is_here = path.partition(".")[0] in first_keys
+            same = "_" + path.replace(".", "_")
+            if is_here and same.endswith("_" + words):
                 return path
         return None
 
