@@ -8303,7 +8303,8 @@ class Report(unittest.TestCase):
 
     def test_a_column_of_another_command_is_told_with_its_name_here(self):
         """Control: leave usual_path out."""
-        run, entry = {"id": 1, "unit": {"serial_number": "A", "part": {}}}, {"serial_number": "A", "unit": None}
+        run = {"id": 1, "unit": {"serial_number": "A", "part": {}}}
+        entry = {"serial_number": "A", "unit": None}
         for row, asked, meant in ((run, "serial_number", "unit.serial_number"),
                                   (run, "part_number", "unit.part.number"),
                                   (run, "unit.part_number", "unit.part.number"),
