@@ -3203,6 +3203,15 @@ class Checks(unittest.TestCase):
         self.assertEqual(len(findings.warnings), 300)
         self.assertEqual(bare_letters.call_count, 1 + len(runs.MEASUREMENT.names))
 
+    def test_a_key_that_is_no_text_is_a_problem(self):
+        """Control: take it for a field of a newer server. The ref cannot sort such keys."""
+        body = body_with()
+        body["phases"][1]["measurements"][0].update({1: 2, None: 3})
+        findings = runs.examine("create", body)[1]
+        path = MEASUREMENT_PATH + "."
+        self.assertEqual(findings.problems, [path + "1: a key must be text",
+                                             path + "None: a key must be text"])
+
     def test_problems_of_one_kind_are_told_once_with_their_count(self):
         """Control: leave group_issues out of the text of an error."""
         body = body_with()
@@ -7458,6 +7467,16 @@ class Disks(SecretCase):
                 ran = self.run_script(*args, stdout=full, status=1)
                 self.assertIn("cannot write", ran.err)
 
+    def test_a_full_disk_under_a_workbook_is_told_without_a_traceback(self):
+        """Control: Workbook.__exit__ that leaves archive.fp where its own writing fails."""
+        self.made()
+        with unwritable() as full:
+            ran = self.run_script("ls", "--format", "xlsx", stdout=full, status=1)
+        self.assertRegex(ran.err, "^error: cannot write")
+        if os.path.exists("/dev/full"):
+            ran = self.run_script("ls", "--format", "xlsx", "--out", "/dev/full", status=1)
+            self.assertRegex(ran.err, "^error: cannot write")
+
     def test_a_full_stderr_changes_no_result(self):
         self.made()
         self.made(serial_number="SN-2")
@@ -9186,6 +9205,14 @@ class ContentOfRuns(QueueCase):
         runs.store(dict(BODY, serial_number="C"), ["none.log"])
         self.assertIn("without none.log", self.ok("queue", "ls").out)
 
+    def test_a_file_that_was_left_out_is_named_after_a_fix_of_something_else(self):
+        """Control: keep the names that are left out now alone."""
+        self.keep("A", "--attach", "none.log", "foto.png", status=5)
+        self.ok("queue", "fix", self.ref("A"), "--docstring", "x", "--attach", self.file("b.txt"))
+        self.assertIn("without none.log, foto.png", self.ok("queue", "ls").out)
+        self.ok("queue", "fix", self.ref("A"), "--attach", self.file("none.log"))
+        self.assertRegex(self.ok("queue", "ls").out, "without foto.png\n")
+
     def test_a_log_that_grows_goes_up_with_the_bytes_it_had(self):
         for serial, size in (("small", 1000), ("large", 3 << 20)):
             path = self.file("log.txt", b"x" * size)
@@ -10212,6 +10239,17 @@ class CommandsBesideAPass(QueueCase):
         ref = self.entry("A")["ref"]
         ran = self.fails(1, "queue", "fix", ref, "--part-number", "P1")
         self.assertIn("--body", ran.err)
+
+    def test_brackets_without_end_in_a_damaged_request_stop_no_retry(self):
+        """Control: passes_checks and request_of that know no RecursionError."""
+        self.offline("A")
+        self.offline("B")
+        self.sql("UPDATE entry SET state = 'parked', body = ? WHERE serial_number = 'A'",
+                 "[" * 200000)
+        ref = self.entry("A")["ref"]
+        self.retry(5)
+        self.has(parked=1, sent=1)
+        self.assertIn("is damaged", self.fails(1, "queue", "get", ref).err)
 
     def test_a_run_that_may_have_moved_is_not_removed(self):
         """Control: queue rm that takes entries in the state moving."""

@@ -1412,7 +1412,9 @@ class Findings:
         meant = None
         if name not in RETURNED.get(record, ()):
             meant = nearly_known(name, record.names)
-        if meant:
+        if not isinstance(name, str):
+            self.problems.append(f"{path}: a key must be text")
+        elif meant:
             self.problems.append(f"{path}: unknown field, did you mean {meant}?")
         elif self.keeps_unknown:
             self.warnings.append(f"{path}: unknown field, sent as it is")
@@ -4111,12 +4113,18 @@ class Queue:
         self.sql(f"UPDATE entry SET {names} WHERE id = ?", *values.values(), number)
 
     def remember_left_out(self, entry, left_out):
-        """Keeps the names of the files that could not be read. The run is stored in any case."""
-        names = ", ".join(name for name, _ in left_out)
-        names = storable_text(names) or None
-        if names != entry["left_out"]:
-            with contextlib.suppress(Unavailable):
-                self.change(entry["id"], left_out=names)
+        """Keeps the names of the files that could not be read, until the entry holds them.
+
+        The run is stored in any case. Between the names is a slash, which is in none of them.
+        """
+        before = str(entry["left_out"] or "").split("/")
+        names = [storable_text(name) for name, _ in left_out]
+        if not any(before + names):
+            return
+        with contextlib.suppress(Unavailable):
+            held = {file.name for file in self.files(entry["id"])}
+            names += [name for name in before if name and name not in held]
+            self.change(entry["id"], left_out="/".join(dict.fromkeys(names)) or None)
 
     def settle(self, entry, **values):
         """Sets columns of an entry that waits, unless it was corrected since it was read."""
@@ -6084,15 +6092,16 @@ class Workbook:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is None:
-            self.close_sheet()
-            self.write_parts()
-            self.archive.close()
-            return
-        with contextlib.suppress(OSError, ValueError):
-            self.entry.close()
-            self.archive.close()
-        self.archive.fp = None      # or its __del__ would write on
+        try:
+            if kind is None:
+                self.close_sheet()
+                self.write_parts()
+                self.archive.close()
+        finally:    # or destructors would write on, and print a traceback where the disk is full
+            with contextlib.suppress(OSError, ValueError):
+                self.entry.close()
+                self.archive.close()
+            self.archive.fp = None
 
     def open_sheet(self):
         self.sheets += 1
@@ -7819,7 +7828,8 @@ def entry_json(entry):
     """An entry as queue ls shows it."""
     error = entry["error"]
     if entry["left_out"]:
-        error = f"without {entry['left_out']}"
+        names = str(entry["left_out"]).replace("/", ", ")
+        error = f"without {names}"
         if entry["error"]:
             error += f"; {entry['error']}"
     return {
@@ -7907,7 +7917,7 @@ def request_of(entry, body):
     try:
         request = json.loads(body or "{}")
         is_intact = not body or run_ref(request) == entry["content"]
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, RecursionError):
         is_intact = False
     if not is_intact:
         raise Damaged(f"the request of {short_ref(entry)} in the queue file is damaged",
@@ -8084,7 +8094,7 @@ def passes_checks(queue, entry):
     try:
         body = json.loads(queue.body(entry["id"]))
         _, findings = examine("create", body)
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError, RecursionError):
         return False
     return not findings.problems and not lost_numbers(body)
 
