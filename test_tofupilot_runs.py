@@ -5427,6 +5427,7 @@ class StationCheck(Case):
 WRONG_VALUES = """
 ls --outcomes PASSED > --outcomes PASS
 ls --started-after soon > --started-after 'soon'
+ls --started-after 2026-02-30 > --started-after '2026-02-30'
 ls --started-after 25.11.2026 > --started-after 2026-11-25T08:00:00
 ls --limit 0
 ls --limit=-5

@@ -505,7 +505,11 @@ def parse_when(text, now):
     if word == "yesterday":
         return local_midnight(now - datetime.timedelta(days=1))
     if re.fullmatch(_DATE, word):
-        return local_midnight(datetime.datetime(*map(int, word.split("-"))))
+        try:
+            day = datetime.datetime(*map(int, word.split("-")))
+        except ValueError as error:
+            raise not_a_time(text, error) from None
+        return local_midnight(day)
     past = re.fullmatch(_AGO, word)
     if past:
         length = int(past.group(1)) * _SECONDS[past.group(2)]
