@@ -9291,6 +9291,16 @@ class ContentOfRuns(QueueCase):
         self.retry(0, ref)
         self.assertEqual(len(self.posts()), 1)
 
+    def test_a_text_that_is_nan_stays_in_a_run_that_the_server_refused(self):
+        """Control: lost_numbers for entries that were tried too; retry leaves it, and says nothing.
+        """
+        self.keep("A", "--set", "reading=NaN")
+        self.when("A", "status", status=422)
+        self.send(5)
+        self.calm()
+        self.retry(0)
+        self.has(sent=1)
+
     def test_a_problem_inside_json_is_corrected_with_a_file(self):
         """Control: name the flags of create for whatever is wrong."""
         body = json.dumps(body_with({"measured_value": math.nan}))

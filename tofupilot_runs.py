@@ -7990,9 +7990,8 @@ def corrected_request(call, queue, entry):
     if not call.arguments.flags.get("body"):
         start = request_of(entry, queue.body(entry["id"]))
     wire, findings = examine_create(call, start)
-    was_refused_here = entry["exit_code"] == 5 and not entry["tries"]
-    if start and was_refused_here:
-        findings.problems += lost_numbers(wire)
+    if start:
+        findings.problems += lost_numbers(entry, wire)
     has_own_ref = entry["ref"] != entry["content"]
     if has_own_ref and "client_run_ref" not in wire:
         wire["client_run_ref"] = entry["ref"]       # one given by hand stays
@@ -8100,18 +8099,27 @@ def passes_checks(queue, entry):
         _, findings = examine("create", body)
     except (AttributeError, TypeError, ValueError, RecursionError):
         return False
-    return not findings.problems and not lost_numbers(body)
+    return not findings.problems and not lost_numbers(entry, body)
 
 
-def lost_numbers(value, path=""):
-    """Problems of texts that stand where a run was stored with a NaN or Infinity: see storable."""
+def lost_numbers(entry, body):
+    """Problems of texts that stand where a run was stored with a NaN or Infinity: see storable.
+
+    In a run that the server refused they are the user's own texts: it was right here.
+    """
+    was_refused_here = entry["exit_code"] == 5 and not entry["tries"]
+    return names_of_no_number(body) if was_refused_here else []
+
+
+def names_of_no_number(value, path=""):
+    """A problem for each text in the value that is NaN or Infinity."""
     problems = []
     if isinstance(value, dict):
         for key, item in value.items():
-            problems += lost_numbers(item, f"{path}.{key}")
+            problems += names_of_no_number(item, f"{path}.{key}")
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            problems += lost_numbers(item, f"{path}[{number}]")
+            problems += names_of_no_number(item, f"{path}[{number}]")
     elif value in ("NaN", "Infinity", "-Infinity"):
         place = path.lstrip(".")
         problems.append(f"{place}: {value} is not valid JSON")
