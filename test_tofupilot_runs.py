@@ -3977,16 +3977,19 @@ class PagesAhead(Case):
         self.assertTrue({15, 25, 35} <= set(cursors))
 
     def test_pages_that_nobody_will_read_are_not_kept(self):
-        """Control: keep what was asked for ahead: memory grows where a server cuts its pages."""
+        """Controls: keep what was asked for ahead: memory grows where a server cuts its pages.
+        Go on to guess: three requests of four are for nothing, and their threads grow in number.
+        """
         def page(client, cursor):
             rows = [{"id": str(number)} for number in range(cursor, cursor + 7)]
             return {"data": rows, "meta": {"has_more": True, "next_cursor": cursor + 7}}
-        self.server(1000, page)
+        cursors = self.server(1000, page)
         reader = runs.PageReader(self.client(), {}, 10)
         with contextlib.closing(reader):
             for cursor in range(0, 140, 7):
                 reader.read(cursor, None)
                 self.assertLess(len(reader.ahead), runs.PAGES_AHEAD)
+        self.assertLessEqual(len(cursors), 20 + runs.PAGES_AHEAD)
 
     def test_429_and_503_make_it_one_at_a_time(self):
         """Control: go on with four."""

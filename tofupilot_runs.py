@@ -3754,12 +3754,14 @@ class PageReader:
         self.clones = []    # Clients for the pages ahead
         self.idle = []      # those of them without a request under way
         self.ahead = {}     # cursor: function that waits for the answer
+        self.was_misled = False     # whether a page named another cursor than expected
         self.is_closed = False
 
     def read(self, cursor, limit):
         """(rows, meta) of the page at a cursor; `limit`: rows wanted from there on, or None."""
-        if cursor not in self.ahead:    # the page before named another cursor than expected
+        if self.ahead and cursor not in self.ahead:     # pages of this server are shorter
             self.ahead.clear()
+            self.was_misled = True
         if not self.is_first and not self.is_slow():
             with contextlib.suppress(RuntimeError):     # no thread can be had
                 self.ask_ahead(cursor, limit)
@@ -3772,8 +3774,12 @@ class PageReader:
         return read_page(answer, cursor)
 
     def is_slow(self):
-        """Whether only one page at a time is asked for: the server has too much to do."""
-        if self.client.transport.is_dry_run:
+        """Whether only one page at a time is asked for.
+
+        The server has too much to do; or its cursors cannot be guessed: then each guess would be a
+        request, and a thread, for nothing.
+        """
+        if self.client.transport.is_dry_run or self.was_misled:
             return True
         return any(client.transport.was_overloaded for client in [self.client] + self.clones)
 
