@@ -4233,6 +4233,15 @@ class Module(Case):
         run_id = self.made()
         self.assertEqual(len(self.client().attach(run_id, path)), 1)
 
+    def test_keys_that_are_no_text_are_written_as_json_writes_them(self):
+        """Control: leave them to json.dumps, which sorts no keys of two kinds: TypeError."""
+        value = {2: "a", None: 2, True: 3, "b": (4, 5)}
+        body = body_with({"measured_value": value})
+        self.assertEqual(runs.store(body, queue=self.at("q"))["problems"], [])
+        run = self.client().get(self.client().create(**body)["id"])
+        found = run["phases"][1]["measurements"][0]["measured_value"]
+        self.assertEqual(found, {"2": "a", "true": 3, "null": 2, "b": [4, 5]})
+
     def test_a_key_of_metadata_that_is_no_text_is_told(self):
         """Control: JSON would sort it beside the others: TypeError."""
         with self.assertRaisesRegex(runs.BadInput, "metadata.1: a key must be text"):

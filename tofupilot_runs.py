@@ -373,7 +373,12 @@ def to_json(value):
         aware = value if value.tzinfo else value.replace(tzinfo=local_zone(value))
         return aware.isoformat()
     if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
+        found = {}
+        for key, item in value.items():
+            if key is None or isinstance(key, (bool, int, float)):
+                key = json.dumps(key)       # as JSON writes it; keys of two kinds cannot be sorted
+            found[key] = to_json(item)
+        return found
     if isinstance(value, (list, tuple)):
         if value and all(type(item) is float for item in value):
             return list(value)
@@ -5370,7 +5375,7 @@ def store(body: dict, files=(), queue: str = None, url: str = None) -> dict:
         url = storable_text(url)
     server = named_server(url, allow_http=True, warn=ignore)
     with Queue(queue or default_queue()) as queue_file:
-        stored = queue_file.store(storable_request(wire), opened, server, problems)
+        stored = queue_file.store(storable_request(wire, problems), opened, server, problems)
         left_out = unreadable + stored.left_out
         queue_file.remember_left_out(stored.entry, left_out)
     problems = problems + left_out_problems(left_out)
@@ -5383,8 +5388,10 @@ def left_out_problems(left_out):
     return [f"{name}: left out, {reason}" for name, reason in left_out]
 
 
-def storable_request(wire):
-    """A request as JSON that can be stored, whatever is wrong with it."""
+def storable_request(wire, problems):
+    """A request as JSON that can be stored, whatever is wrong with it; without problems it is."""
+    if not problems:
+        return wire
     body = storable(wire)
     if not isinstance(body.get("client_run_ref"), str):
         body.pop("client_run_ref", None)
@@ -7671,7 +7678,7 @@ def create_queued(call, wire, findings):
     allow_http = bool(call.get("allow_http"))
     server = named_server(call.get("url"), allow_http, call.console.warn)
     files, unreadable = open_files(attached_paths(call))
-    body = storable_request(wire)
+    body = storable_request(wire, findings.problems)
     with contextlib.ExitStack() as stack:
         try:
             # Open to the end: see open_queues about a second descriptor.
@@ -7963,7 +7970,7 @@ def run_queue_fix(call):
         entry = queue.find(word)
         require_correctable(entry)
         wire, findings = corrected_request(call, queue, entry)
-        values = entry_values(storable_request(wire), findings.problems)
+        values = entry_values(storable_request(wire, findings.problems), findings.problems)
         values["state"] = "parked" if findings.problems else "waiting"
         files, unreadable = open_files(attached_paths(call))
         stored = queue.correct(entry, values, files)
