@@ -10274,6 +10274,21 @@ class CommandsBesideAPass(QueueCase):
         self.has(parked=1, sent=1)
         self.assertIn("is damaged", self.fails(1, "queue", "get", ref).err)
 
+    def test_a_damaged_page_of_a_parked_run_stops_no_retry(self):
+        """Control: passes_checks without its look for malformed pages: 6, and B is not sent."""
+        runs.store(dict(BODY, serial_number="A", part_number="no part", docstring="x" * 300000))
+        self.offline("B")
+        with open(self.path, "rb") as file:
+            data = file.read()
+        size = self.sql("PRAGMA page_size")[0]["page_size"]
+        pages = range(0, len(data), size)
+        full = [at for at in pages if data[at + 4:at + size] == b"x" * (size - 4)]
+        with open(self.path, "r+b") as file:
+            file.seek(full[len(full) // 2])
+            file.write(bytes([255] * 4))
+        self.retry(5)
+        self.has(parked=1, sent=1)
+
     def test_a_run_that_may_have_moved_is_not_removed(self):
         """Control: queue rm that takes entries in the state moving."""
         self.offline("A")

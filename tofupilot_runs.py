@@ -8112,6 +8112,10 @@ def passes_checks(queue, entry):
         _, findings = examine("create", body)
     except (AttributeError, TypeError, ValueError, RecursionError):
         return False
+    except QueueUnusable as error:
+        if "malformed" not in error.message:
+            raise
+        return False        # its pages are damaged; the others go on
     return not findings.problems and not lost_numbers(entry, body)
 
 
