@@ -10818,7 +10818,9 @@ class StoringFiles(QueueCase):
                 with self.assertRaises(runs.Unavailable) as raised:
                     queue.store(body_of("A"), [runs.MemoryFile("x", b"x" * 5000)])
             self.assertIs(raised.exception, full)
-            self.sql("BEGIN EXCLUSIVE", path=self.path + ".storing")
+            lock = sqlite3.connect(self.path + ".storing", isolation_level=None, timeout=0)
+            with contextlib.closing(lock):
+                lock.execute("BEGIN EXCLUSIVE")
 
     def test_a_kill_at_any_statement_stores_all_or_nothing(self):
         """Control: without the state storing (or the transaction) half an entry can be sent."""

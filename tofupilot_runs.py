@@ -6109,16 +6109,24 @@ class Workbook:
         return self
 
     def __exit__(self, kind, error, trace):
+        is_whole = False
         try:
             if kind is None:
                 self.close_sheet()
                 self.write_parts()
                 self.archive.close()
-        finally:    # or destructors would write on, and print a traceback where the disk is full
-            with contextlib.suppress(OSError, ValueError):
-                self.entry.close()
-                self.archive.close()
-            self.archive.fp = None
+                is_whole = True
+        finally:
+            if not is_whole:
+                self.give_up()
+
+    def give_up(self):
+        """Ends without a complaint; destructors would write on, and print a traceback."""
+        with contextlib.suppress(Exception):    # the first error is told
+            self.entry.close()
+        with contextlib.suppress(Exception):
+            self.archive.close()
+        self.archive.fp = None
 
     def open_sheet(self):
         self.sheets += 1
