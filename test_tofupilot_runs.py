@@ -10337,6 +10337,20 @@ class QueueLocks(QueueCase):
         self.assertRegex(ran.err, said + "(.|\n)*NOT stored")
         self.send(6, env=env)
 
+    def test_a_file_that_another_process_makes_meanwhile_is_used_as_it_is(self):
+        """Control, on an SQLite as old as 3.14: without the look at sqlite_master it fails."""
+        real = runs.Queue.transaction
+        others = []
+
+        def transaction(queue):
+            if not others:
+                others.append(queue)
+                self.do(*create("B", "--offline"))
+            return real(queue)
+        with patch_queue("transaction", transaction):
+            self.offline("A")
+        self.has(waiting=2)
+
     def test_a_second_opener_of_a_new_file_makes_it_as_the_first_would(self):
         """Control: set auto_vacuum only where no other thread has the file open."""
         save(self.path, b"")

@@ -4051,7 +4051,9 @@ class Queue:
             self.sql("PRAGMA auto_vacuum = INCREMENTAL")
         if not read_only and self.missing_schema():
             with self.transaction():
-                self.columns = self.column_names()      # as they are under the lock
+                # A pragma alone would tell what this connection knew before the lock.
+                self.sql("SELECT name FROM sqlite_master LIMIT 1")
+                self.columns = self.column_names()
                 for statement in self.missing_schema():
                     self.sql(statement)
                 self.columns = self.column_names()
