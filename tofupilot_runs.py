@@ -1761,9 +1761,8 @@ def doubts_about(value, outcome, bounds):
 
 def warn_of_phase_times(body, warnings):
     """Tells phases that lie more than a day apart from their run: the clock was set, or a slip."""
-    day = 86400
-    begin = epoch(body["started_at"]) - day
-    end = epoch(body["ended_at"]) + day
+    begin = epoch(body["started_at"]) - DAY
+    end = epoch(body["ended_at"]) + DAY
     for number, phase in enumerate(body.get("phases", ())):
         if epoch(phase["started_at"]) < begin:
             warnings.append(f"phases[{number}].started_at: more than a day before the run")
@@ -3968,10 +3967,10 @@ class Queue:
         try:
             opened = queues_of_this_process()
             with opened.lock:
-                key, is_new = self.look_at_file(read_only, opened.counts)
+                key = self.look_at_file(read_only, opened.counts)
                 self.key = key
                 opened.counts[key] += 1
-            self.open(is_new, read_only)
+            self.open(read_only)
         except OSError as error:
             self.close()
             raise self.unusable(error.strerror) from None
@@ -3980,7 +3979,7 @@ class Queue:
             raise
 
     def look_at_file(self, read_only, counts):
-        """((device, inode), whether the file is new). Makes it; raises where it is no queue."""
+        """The (device, inode) of the file. Makes a missing one; raises where it is no queue."""
         if not read_only:
             with contextlib.suppress(BadInput, FileExistsError):    # no home; it is there already
                 if os.path.dirname(self.path) == home():
@@ -4001,10 +4000,12 @@ class Queue:
         if not read_only and not os.access(self.real_path, os.W_OK):
             raise self.unusable("this user cannot write it")
         key = (info.st_dev, info.st_ino)
-        return key, not counts[key] and self.has_no_tables()
+        if not counts[key]:     # else closing it would drop the locks of this process
+            self.look_at_head()
+        return key
 
-    def has_no_tables(self):
-        """Whether nothing was ever stored in the file; raises where it is no queue file.
+    def look_at_head(self):
+        """Raises where the file is no queue file; an empty one becomes one.
 
         Looked at before SQLite touches it: that would change a file of another program that was
         not closed properly.
@@ -4013,22 +4014,21 @@ class Queue:
             head = file.read(100)
         is_sqlite = head[:16] == b"SQLite format 3\0"
         if not head:
-            return True
+            return
         # Only now: on Windows a look opens the journal, and one that is deleted meanwhile stays
         # until it is closed. SQLite fails then, or takes it for hot and undoes a commit (Wine).
         if head[:16] == bytes(16) and os.path.exists(self.real_path + "-journal"):
-            return True
+            return
         schema_cookie, user_version, application_id = head[40:44], head[60:64], head[68:72]
         if is_sqlite and not any(schema_cookie + user_version + application_id):
-            return True     # auto_vacuum was set, but no table was ever made
+            return      # auto_vacuum was set, but no table was ever made
         if not is_sqlite or application_id != APPLICATION_ID.to_bytes(4, "big"):
             raise self.unusable("it is not a queue file", "name another file")
         if int.from_bytes(user_version, "big") > SCHEMA_VERSION:
             raise self.unusable(f"a newer version of {PROG} made it",
                                 "use that version, or another queue file")
-        return False
 
-    def open(self, is_new, read_only):
+    def open(self, read_only):
         """Connects, and makes the tables that are missing."""
         # Python 3.6 takes the path as UTF-8, whatever the locale says.
         self.name = self.real_path
