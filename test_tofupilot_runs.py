@@ -11422,6 +11422,59 @@ class ExactlyOnce(QueueCase):
         self.send()
         self.assertEqual(len(on_server(self.box)["A"]), 2)
 
+    def refusals_of_a_second_try(self):
+        """(kind, options) of faults: a proxy's page, and the API's own words."""
+        return (("too_large", {"limit": 10}),
+                ("status", {"status": 422}),
+                ("status", {"status": 404}))
+
+    def test_a_refusal_tells_nothing_of_an_earlier_try_that_may_have_arrived(self):
+        """Control: without the look after it queue fix makes a second run of the first."""
+        serials = []
+        for number, (kind, options) in enumerate(self.refusals_of_a_second_try()):
+            for fault, is_there in (("drop-after", True), ("drop-before", False)):
+                serial = f"{fault}-{number}"
+                serials.append(serial)
+                self.offline(serial)
+                self.box.fault(fault, "POST /v2/runs")
+                self.send(6)
+                self.box.fault(kind, "POST /v2/runs", **options)
+                self.retry(0 if is_there else 5)
+                fixing = ("queue", "fix", self.ref(serial), "--set", "fixed=1")
+                self.fails(2 if is_there else 0, *fixing)
+                self.delivered(*serials)
+
+    def test_the_same_within_one_command(self):
+        """Control: with after_unanswered_try false it ends with 5, though the run is there."""
+        for number, (kind, options) in enumerate(self.refusals_of_a_second_try()):
+            serial = f"A{number}"
+            self.calm()
+            self.box.fault("drop-after", "POST /v2/runs")
+            self.box.fault(kind, "POST /v2/runs", **options)
+            self.nameless("TOFUPILOT_QUEUE")
+            self.create(serial)
+        self.intact("A0", "A1", "A2")
+
+    def test_where_the_server_cannot_be_asked_after_a_refusal_the_doubt_stays(self):
+        """Control: the error of the look swallowed, and fix makes a second run."""
+        self.offline("A")
+        self.box.fault("drop-after", "POST /v2/runs")
+        self.send(6)
+        self.box.fault("too_large", "POST /v2/runs", limit=10)
+        self.box.fault("status", "GET /v2/runs", times=None)
+        self.inside("queue", "retry")
+        self.fails(2, "queue", "fix", self.ref("A"), "--set", "fixed=1")
+        self.delivered("A")
+
+    def test_a_run_whose_values_cannot_be_asked_for_is_parked_and_can_be_corrected(self):
+        """Control: any refusal of the look taken for doubt."""
+        self.keep("A", procedure="no-uuid")
+        self.box.fault("drop-before", "POST /v2/runs")
+        self.send(6)
+        self.retry(5)
+        self.ok("queue", "fix", self.ref("A"), "--procedure-id", "proc_abc")
+        self.delivered("A")
+
     def kill_at_request(self, number, drop, *argv):
         """Runs a command line that is killed when its request of this number arrives."""
         known, seen = threading.Event(), []

@@ -3592,16 +3592,24 @@ class Client:
         right before the first byte goes out.
         """
         since = first_try or time.time()
+        may_exist = False       # a try may have arrived that got no answer
 
-        def existing_run():
+        def look():
             try:
-                if self.knows_ref():
-                    return None
                 return self.find_existing_run(body, since, known_run_ids)
             except Error as error:
-                error.maybe_sent = error.tells_doubt = True
-                raise error.with_note("the run may be stored or not: the server could not be asked,"
-                                      " so it was not sent again")
+                if error.issues and re.match(r"procedure_ids|serial_numbers", error.issues[0]):
+                    return None     # the server knows no such procedure or serial: no run has it
+                raise in_doubt(error)
+
+        def existing_run():
+            nonlocal may_exist
+            may_exist = True
+            try:
+                is_safe = self.knows_ref()
+            except Error as error:
+                raise in_doubt(error)
+            return None if is_safe else look()
         if first_try:
             existing = existing_run()
             if existing is not None:
@@ -3609,6 +3617,12 @@ class Client:
         try:
             return self.perform(lambda: self.send("create", body, before_send),
                                 before_resend=existing_run)
+        except (NotFound, Refused):
+            # It speaks of this try alone; a proxy knows nothing of one that arrived before.
+            existing = look() if may_exist else None
+            if existing is None:
+                raise
+            return existing
         except Unavailable as error:
             if error.maybe_sent and error.status is None and not error.tells_doubt:
                 error.with_note("the run may be stored or not",
@@ -3640,6 +3654,12 @@ class Client:
                 if is_same_run(row, body):
                     return {"id": row["id"]}
         return None
+
+
+def in_doubt(error):
+    """The error, once it says that a run may be on the server although it does not say so."""
+    error.maybe_sent = error.tells_doubt = True
+    return error.with_note("the run may be stored or not: the server could not be asked")
 
 
 class Tries:
