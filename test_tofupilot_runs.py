@@ -4084,6 +4084,7 @@ class PagesAhead(Case):
     def test_a_dry_run_asks_for_one_page(self):
         ran = self.ok("ls", "--all", "--dry-run")
         self.assertEqual(len(ran.out.splitlines()), 1)
+        self.assertEqual(ran.err, "")       # nothing was looked for
 
 
 class Module(Case):
@@ -7490,6 +7491,11 @@ class Disks(SecretCase):
             ran = self.run_script("ls", "--format", "xlsx", "--out", "/dev/full", status=1)
             self.assertRegex(ran.err, "^error: cannot write")
 
+    def test_a_folder_that_is_not_there_is_told_with_the_name_that_was_given(self):
+        """Control: the error as the system gives it names the part that was being written."""
+        ran = self.fails(1, "ls", "--out", os.path.join("no", "x.csv"))
+        self.assertRegex(ran.err, r"^error: cannot write .*x\.csv: No such file")
+
     def test_a_full_stderr_changes_no_result(self):
         self.made()
         self.made(serial_number="SN-2")
@@ -9776,7 +9782,7 @@ class QueueAnswers(QueueCase):
         error = runs.Unavailable("cannot reach it:\n  refused", "look\nthere")
         error.with_note("proxy: none")
         self.assertEqual(runs.reason_text(error),
-                         "cannot reach it: refused; proxy: none; look there")
+                         "cannot reach it: refused; proxy: none; look; there")
 
     # the fault from the sixth of nine on: exit status, creates that arrive, sent, parked
     PASSES = {

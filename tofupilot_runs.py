@@ -3046,9 +3046,14 @@ def save_new(folder, name, write):
                 path = f"{stem}-{number}{ending}"
             replace(part, path)
     except OSError as error:
-        raise Error(f"cannot write {printable(path)}: {error.strerror or error}",
-                    "make room, or check the folder") from None
+        raise cannot_write(path, error) from None
     return path
+
+
+def cannot_write(path, error):
+    """The Error for an OSError of a file that is being written."""
+    return Error(f"cannot write {printable(path)}: {error.strerror or error}",
+                 "make room, or check the folder")
 
 
 # Attaching. One way for create, create-attachment and the queue: POST /v2/attachments, PUT,
@@ -3320,8 +3325,7 @@ def write_block(file, block):
     try:
         file.write(block)
     except OSError as error:
-        raise Error(f"cannot write {printable(file.name)}: {error.strerror or error}",
-                    "make room, or check the folder") from None
+        raise cannot_write(file.name, error) from None
 
 
 # ---- client --------------------------------------------------------------------------------------
@@ -3710,8 +3714,7 @@ class Tries:
 
 
 def deleted_text(gone, ids):
-    total = counted(len(ids), "run")
-    return f"{len(gone)} of {total} were deleted"
+    return f"{len(gone)} of {len(ids)} runs were deleted"
 
 
 def ignore(text):
@@ -5374,8 +5377,9 @@ def reason_text(error):
     reasons = group_issues(error.issues)[:20]
     reasons += [error.message, *error.notes]
     if error.hint != error.usual_hint:      # it says more than that it waits, or is parked
-        reasons.append(error.hint)
-    return storable_text("; ".join(" ".join(reason.split()) for reason in reasons))
+        reasons += error.hint.splitlines()
+    lines = [" ".join(reason.split()).rstrip(".") for reason in reasons]
+    return storable_text("; ".join(lines))
 
 
 def store(body: dict, files=(), queue: str = None, url: str = None) -> dict:
@@ -7097,7 +7101,7 @@ def tell_pages(call, first_page, pages, wants_all):
     except Error as error:
         error.hint = f"{error.hint}\nto go on from here: --cursor {error.cursor}".lstrip()
         raise
-    if not count and not call.is_quiet:
+    if not count and not call.is_quiet and not call.is_dry_run:
         console.note("no run matches")
     if meta.get("has_more") and not wants_all and not call.is_quiet:
         console.note(f"{count} shown, more exist: --all, or --cursor {meta['next_cursor']}")
@@ -8888,12 +8892,15 @@ def write_file(path, write):
         with open(path, "wb") as file:
             write_text_or_bytes(file, write)
         return
-    with new_part(path) as (part, file):
-        if os.path.isfile(path):
-            os.chmod(part, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
-        write_text_or_bytes(file, write)
-        file.close()
-        replace(part, path)
+    try:
+        with new_part(path) as (part, file):
+            if os.path.isfile(path):
+                os.chmod(part, stat.S_IMODE(os.stat(path).st_mode) | stat.S_IWUSR)
+            write_text_or_bytes(file, write)
+            file.close()
+            replace(part, path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def write_text_or_bytes(file, write):
