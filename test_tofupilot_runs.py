@@ -11907,9 +11907,9 @@ class Stored(QueueCase):
 
 # ---- trials --------------------------------------------------------------------------------------
 
-# What happens to a request of a trial. One in ten is a proxy's page with 413, which parks the run.
+# What happens to a request of a trial. A 413, a proxy's page, parks the run, which is then fixed.
 ROUGH = ["drop-before", "drop-after", "reset", "cut", "status", "portal"] * 3
-ROUGH += ["too_large"] * 2
+ROUGH += ["too_large"] * 4
 KILLED = (KILL_STATUS, -14)     # by itself at a statement, by its alarm
 WRONG = ("lost", "doubled", "files missing", "files doubled", "files empty", "files changed",
          "unknown", "bugs")
@@ -12019,7 +12019,7 @@ class Trial:
                 elif role == "sender" or share < 0.8:
                     word = chance.choice(["send", "retry"])
                     self.do(worker, ["queue", word, "--queue", queue], **self.harm(chance, True))
-                elif share < 0.95:
+                elif share < 0.9:
                     target = chance.choice(self.queues)
                     words = ["queue", "move", target, "--queue", queue]
                     self.do(worker, words, **self.harm(chance, True))
