@@ -4936,11 +4936,32 @@ class Getting(Case):
             self.assertIn(cell, sheet)
         self.assertIn("--out", self.fails(2, "ls", "--format", "xlsx", tty=True).err)
 
-    def test_a_name_that_ends_with_xlsx_is_a_workbook_unless_a_format_is_given(self):
-        """Control: leave the ending out of format_wanted, or let it win."""
-        for words, begin in (([], b"PK"), (["--format", "csv"], b"\"id"), (["--json"], b"{")):
-            self.ok("ls", *words, "--out", "a.XLSX")
-            self.assertEqual(content("a.XLSX")[:len(begin)], begin)
+    def test_the_ending_of_a_name_says_the_format_unless_one_is_given(self):
+        """Control: leave format_of_name out, or let it win."""
+        run_id = self.made()
+        for words, name, begin in (
+                (["ls"], "a.XLSX", b"PK"), (["ls", "--format", "csv"], "a.xlsx", b'"id'),
+                (["ls", "--json"], "a.xlsx", b"{"), (["ls"], "a.csv", b'"id"'),
+                (["ls"], "a.json", b'{"data": ['), (["ls"], "a.jsonl", b'{"id"'),
+                (["ls", "--format", "table"], "a.csv", b"ID\t"), (["ls"], "a.txt", b"ID\t"),
+                (["ls"], "a.table", b"ID\t"), (["get", run_id], "a.json", b'{\n  "id"'),
+                (["get", run_id, "--dry-run"], "a.csv", b'{"method": "GET"'),
+                (["create", "--example"], "a.json", b'{\n  "outcome"')):
+            self.ok(*words, "--out", name)
+            self.assertEqual(content(name)[:len(begin)], begin, (words, name))
+
+    def test_a_format_that_a_name_says_hides_no_note(self):
+        """Control: make the Console with call.format."""
+        self.made()
+        self.made(serial_number="SN-2")
+        ran = self.ok("ls", "--limit", "1", "--out", "a.json")
+        self.assertIn("1 shown, more exist", ran.err)
+
+    def test_older_spreadsheets_are_told_what_is_written_instead(self):
+        """Control: without the refusal the file has tabs, and a spreadsheet complains."""
+        for name in ("a.xls", "a.ODS"):
+            self.assertIn("write a.xlsx", self.fails(2, "ls", "--out", name).err)
+        self.ok("ls", "--format", "csv", "--out", "a.xls")
 
     def test_download_saves_all_files_under_safe_names_and_overwrites_none(self):
         run_id = self.made()
@@ -7491,10 +7512,14 @@ class Disks(SecretCase):
             ran = self.run_script("ls", "--format", "xlsx", "--out", "/dev/full", status=1)
             self.assertRegex(ran.err, "^error: cannot write")
 
-    def test_a_folder_that_is_not_there_is_told_with_the_name_that_was_given(self):
-        """Control: the error as the system gives it names the part that was being written."""
-        ran = self.fails(1, "ls", "--out", os.path.join("no", "x.csv"))
-        self.assertRegex(ran.err, r"^error: cannot write .*x\.csv: No such file")
+    def test_a_folder_that_is_not_there_is_told_before_anything_is_sent(self):
+        """Control: without refuse_target the run is created, and then it ends with 1."""
+        self.file("a", b"no folder")
+        for folder in ("no", os.path.join("no", "such"), "a"):
+            ran = self.fails(2, *CREATE, "--out", os.path.join(folder, "x.csv"))
+            self.assertIn("there is no folder " + runs.printable(self.at(folder)), ran.err)
+        self.assertEqual(self.sent(), [])
+        self.ok("ls", "--out", os.devnull)
 
     def test_a_full_stderr_changes_no_result(self):
         self.made()
@@ -8979,6 +9004,8 @@ class Queueing(QueueCase):
         self.keep("A", "--set", "shift=A", *self.attach)
         ref = self.listed()[0]["client_run_ref"]
         request = self.ok("queue", "get", ref[:6], "--json").out
+        self.ok("queue", "get", ref[:6], "--out", "named.json")
+        self.assertEqual(content("named.json").decode(), request)
         self.ok("queue", "get", ref[:6], "--download", "saved")
         self.assertEqual(content(self.at("saved")), self.files)
         created = self.ok("create", "--body", "-", "--json", input=request.encode())

@@ -1267,8 +1267,8 @@ GLOBAL = Record(
     *group(
         "output",
         Field("json", "flag", "the server's JSON on stdout, and errors as JSON on stderr"),
-        Field("format", "enum", "form of the output; --out NAME.xlsx is xlsx, a workbook", "csv",
-              FORMATS),
+        Field("format", "enum", "form of the output; xlsx is a workbook. --out NAME.xlsx says "
+              "it too, so do .csv .json .jsonl", "csv", FORMATS),
         Field("columns", "text", "fields to show, as dotted paths with commas and no spaces",
               "id,unit.serial_number"),
         Field("out", "path", "write to a file, which is replaced at the end only", "runs.csv"),
@@ -6934,20 +6934,26 @@ class Call:
         self.name = name
         self.arguments = arguments
         self.get = arguments.get
-        self.format = self.format_wanted()
+        asked = self.format_asked()
+        self.format = asked or self.format_of_name()
         self.is_quiet = bool(self.get("q"))
-        self.console = Console(self.format, self.is_quiet, bool(self.get("v")))
+        self.console = Console(asked or "table", self.is_quiet, bool(self.get("v")))
         self.is_dry_run = bool(self.get("dry_run"))
         self.client_made = None
         self.queued_exit_code = None       # the exit status, once a run is in the queue
 
-    def format_wanted(self):
-        """The form of the output; a name that ends with .xlsx says it too."""
-        if self.get("json"):
-            return "json"
+    def format_asked(self):
+        """The form of the output that a flag asks for, or None."""
+        return "json" if self.get("json") else self.get("format")
+
+    def format_of_name(self):
+        """The form of the output that the ending of --out says, else a table."""
         out = self.get("out") or ""
-        usual = "xlsx" if out.lower().endswith(".xlsx") else "table"
-        return self.get("format") or usual
+        ending = os.path.splitext(out)[1][1:].lower()
+        if ending in ("xls", "ods"):
+            stem = printable(out[:-4])
+            raise BadInput(f"--out: no command writes .{ending}", f"write {stem}.xlsx")
+        return ending if ending in FORMATS else "table"
 
     def client(self, retries=3):
         """The Client of this command, made once: one login, one set of connections.
@@ -8376,7 +8382,7 @@ COMMANDS = {
         run_queue_get, "Show an entry (REF); --json is its request, for create --body.",
         QUEUE + group("output", Field(
             "download", "path", "save its attachments in a folder", "evidence")),
-        ["3e1f7d02", "3e1f7d02 --json --out run.json"], "REF"),
+        ["3e1f7d02", "3e1f7d02 --out run.json"], "REF"),
     "queue fix": Command(
         run_queue_fix, "Correct an entry (REF) that no server has, with create's flags.",
         optional(REQUEST) + QUEUE,
@@ -8843,8 +8849,8 @@ def execute(argv):
 
 def run_and_write(call):
     out = call.get("out")
-    if out and os.path.realpath(local_path(out)) in queue_files(call):
-        raise BadInput(f"--out: {printable(out)} is the queue itself", "name another file")
+    if out:
+        refuse_target(call, out)
     result = COMMANDS[call.name].run(call)
     is_dry = call.is_dry_run and call.client_made
     if is_dry:
@@ -8873,6 +8879,22 @@ def run_and_write(call):
     return result.exit_status()
 
 
+def refuse_target(call, out):
+    """BadInput for an --out that cannot be, before anything is sent."""
+    path = os.path.realpath(local_path(out))
+    if path in queue_files(call):
+        raise BadInput(f"--out: {printable(out)} is the queue itself", "name another file")
+    folder = os.path.dirname(path)
+    if not is_windows_device(path) and not os.path.isdir(folder):
+        raise BadInput(f"--out: there is no folder {printable(folder)}",
+                       "make it first, or name another one")
+
+
+def is_windows_device(path):
+    """Whether it is such as NUL, which Python 3.6 does not find there."""
+    return path.startswith("\\\\.\\")
+
+
 def catch_signals():
     """Ctrl-C and SIGTERM raise from now on, where nobody else has a handler for them."""
     def stop(number, _):
@@ -8888,7 +8910,7 @@ def write_file(path, write):
     """write(stream) into a file beside this one, renamed at the end: a failure leaves the old."""
     path = os.path.realpath(local_path(path))
     is_special = os.path.exists(path) and not os.path.isfile(path)      # a device, a FIFO: as it is
-    if is_special or path.startswith("\\\\.\\"):       # NUL of Windows, which 3.6 does not find
+    if is_special or is_windows_device(path):
         with open(path, "wb") as file:
             write_text_or_bytes(file, write)
         return
