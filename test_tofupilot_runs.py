@@ -8680,6 +8680,11 @@ def patch_queue(name, *value, **more):
     return mock.patch.object(runs.Queue, name, *value, **more)
 
 
+def phase_named(name):
+    """A phase without measurements."""
+    return {"name": name, "outcome": "PASS", "started_at": BEGIN, "ended_at": END}
+
+
 class QueueCase(Case):
     """A test with a sandbox and the queue file self.path, that TOFUPILOT_QUEUE names."""
     place = RAM     # nothing here depends on fsync
@@ -9250,6 +9255,8 @@ class ContentOfRuns(QueueCase):
         self.assertRegex(row["error"], "^the server answered 500")
         runs.store(dict(BODY, serial_number="C"), ["none.log"])
         self.assertIn("without none.log", self.ok("queue", "ls").out)
+        ran = self.send()
+        self.assertRegex(ran.out, "sent C PASS as run .*, without none.log")
 
     def test_a_file_that_was_left_out_is_named_after_a_fix_of_something_else(self):
         """Control: keep the names that are left out now alone."""
@@ -9374,6 +9381,39 @@ class Fixing(QueueCase):
         self.send(5)
         self.calm()
         return self.ref(serial)
+
+    def test_a_reference_that_a_fix_set_free_is_another_runs(self):
+        """Control: correction_of() without the content: B is told as queued, and is nowhere."""
+        self.keep("A", "--client-run-ref", "R")
+        self.ok("queue", "fix", "R", "--client-run-ref", "R2")
+        self.keep("B", "--client-run-ref", "R")
+        self.delivered("A", "B")
+
+    def test_the_old_ref_of_a_corrected_run_leads_to_the_new_one(self):
+        ref = self.parked()
+        ran = self.ok("queue", "fix", ref, "--part-number", "PCB01")
+        self.assertIn(f"(was {ref})", ran.out)
+        for more in (), ("--json",):
+            ran = self.fails(4, "queue", "get", ref, *more)
+            self.assertIn(f"its REF is {self.listed()[0]['client_run_ref'][:12]} now", ran.err)
+
+    def test_a_serial_number_in_place_of_a_ref_is_told_with_the_ref(self):
+        ref = self.parked("SN-7")
+        for command in (["get"], ["rm"], ["fix", "--outcome", "PASS"]):
+            ran = self.fails(4, "queue", command[0], "SN-7", *command[1:])
+            self.assertIn(f"SN-7 is the serial number of {ref}", ran.err)
+
+    def test_the_log_names_the_command_that_corrects_a_refused_run(self):
+        self.keep("A")
+        self.when("A", "status", status=422)
+        ran = self.send(5)
+        self.assertIn(f"queue fix {self.ref('A')} --queue {self.path}", ran.out)
+
+    def test_the_command_lines_of_a_hint_stand_on_lines_of_their_own(self):
+        """Control: both in one note, which shows the end of the line as two characters."""
+        phase = dict(phase_named("p"), outcome="DONE")
+        ran = self.keep("A", "--phases", json.dumps([phase]), status=5)
+        self.assertRegex(ran.err, r"\nFix: \S+ queue get .* run\.json\n  edit run\.json, then: ")
 
     def test_a_refused_run_is_corrected_and_sent_with_its_files(self):
         ref = self.parked("A", *self.attach)
@@ -9552,6 +9592,27 @@ class ServersOfRuns(QueueCase):
         self.do("queue", "send", box=self.other)
         self.intact("A", "B")
         self.intact("C", "D", box=self.other)
+
+    def test_a_run_that_was_begun_stays_with_its_server_and_says_so(self):
+        self.box.fault("drop-before", "POST /v2/runs")
+        self.create("A")
+        ran = self.keep("A", "--url", self.other.url)
+        self.assertIn(f"it was begun at {self.box.url} and goes there alone", ran.err)
+        self.delivered("A")
+
+    def test_a_run_that_gets_another_server_at_the_last_moment_goes_to_that_one(self):
+        """Control: claim() without the server: it is told so, and sent to the first."""
+        self.offline("A")
+        send = runs.Lane.send
+
+        def late(lane, entry):
+            self.run_script(*create("A", "--offline", "--url", self.other.url), status=0)
+            return send(lane, entry)
+        with mock.patch.object(runs.Lane, "send", late):
+            self.send()
+        self.send(0, "--url", self.other.url, env=self.key)
+        self.intact("A", box=self.other)
+        self.assertEqual(self.posts(), [])
 
     def test_the_cloud_by_default_is_no_name_and_the_senders_server_is_taken(self):
         self.nameless()
@@ -10242,7 +10303,8 @@ class CommandsBesideAPass(QueueCase):
         self.keep("PART")
         self.send()
         self.assertEqual(self.posts()[-1], "PART")
-        self.delivered("PART", "ASSEMBLY")
+        self.send()     # it is due now. Control: leave next_try_at as it was
+        self.intact("PART", "ASSEMBLY")
 
     def test_a_fix_that_is_taken_back_keeps_the_run(self):
         """Control: refuse a ref that only a receipt of an earlier fix has."""
@@ -11337,6 +11399,40 @@ class Moving(QueueCase):
         self.has(parked=1, moved=1)
         self.assertEqual(self.states(self.stick), {"waiting": 1})
 
+    def test_a_correction_that_was_undone_on_the_stick_comes_home(self):
+        """Control: correction_of() without came_back: both files have receipts, nobody the run."""
+        self.offline("A")
+        self.ok("queue", "fix", self.ref("A"), "--outcome", "FAIL")
+        self.move(self.path, self.stick)
+        row, = self.listed("--queue", self.stick)
+        ref = row["client_run_ref"]
+        self.ok("queue", "fix", ref, "--outcome", "PASS", "--queue", self.stick)
+        self.move(self.stick, self.path)
+        self.delivered("A")
+
+    def test_a_run_that_its_target_has_for_another_server_stays_and_the_others_move(self):
+        """Control: merged, the second server gets nothing; or one such run stops the move."""
+        other = self.another()
+        self.keep("A", "--queue", self.stick, "--url", other.url)
+        self.offline("A", "B")
+        ran = self.move(self.path, self.stick, 2)
+        self.assertRegex(ran.err, f"waits there for {other.url}(.|\n)*1 of 2 runs moved")
+        self.has(waiting=1, moved=1)
+        self.send(6, "--queue", self.stick, "--url", other.url,     # B is for the first
+                  env={"TOFUPILOT_API_KEY": other.user_key})
+        self.intact("A", box=other)
+        self.move(self.path, self.stick)
+        self.delivered("A", "B", at=[self.stick])
+
+    def test_the_receipt_of_a_move_does_not_answer_for_another_server(self):
+        other = self.another()
+        self.offline("A")
+        self.move(self.path, self.stick)
+        self.keep("A", "--url", other.url)
+        self.send(0, "--url", other.url, env={"TOFUPILOT_API_KEY": other.user_key})
+        self.intact("A", box=other)
+        self.delivered("A", at=[self.stick])
+
     def test_rm_during_a_pass_takes_what_it_names_and_no_more(self):
         """Control: without the look for a body that is gone, exit 1 and the rest stays."""
         self.offline("A", "B", "C")
@@ -11462,7 +11558,10 @@ class ExactlyOnce(QueueCase):
                 ("status", {"status": 404}))
 
     def test_a_refusal_tells_nothing_of_an_earlier_try_that_may_have_arrived(self):
-        """Control: without the look after it queue fix makes a second run of the first."""
+        """Control: without the look after it queue fix makes a second run of the first.
+
+        An old server is looked at before the second try, and then not asked again.
+        """
         serials = []
         for number, (kind, options) in enumerate(self.refusals_of_a_second_try()):
             for fault, is_there in (("drop-after", True), ("drop-before", False)):
@@ -11472,21 +11571,106 @@ class ExactlyOnce(QueueCase):
                 self.box.fault(fault, "POST /v2/runs")
                 self.send(6)
                 self.box.fault(kind, "POST /v2/runs", **options)
-                self.retry(0 if is_there else 5)
+                is_found = is_there and not self.box.store.knows_ref
+                self.retry(0 if is_found else 5)
                 fixing = ("queue", "fix", self.ref(serial), "--set", "fixed=1")
                 self.fails(2 if is_there else 0, *fixing)
                 self.delivered(*serials)
 
     def test_the_same_within_one_command(self):
-        """Control: with after_unanswered_try false it ends with 5, though the run is there."""
+        """Control: without the look it ends with no word of the run that is there."""
+        self.nameless("TOFUPILOT_QUEUE")
         for number, (kind, options) in enumerate(self.refusals_of_a_second_try()):
             serial = f"A{number}"
             self.calm()
             self.box.fault("drop-after", "POST /v2/runs")
             self.box.fault(kind, "POST /v2/runs", **options)
-            self.nameless("TOFUPILOT_QUEUE")
+            if self.box.store.knows_ref:
+                is_404 = options.get("status") == 404
+                ran = self.create(serial, status=4 if is_404 else 5)
+                self.assertIn(f"is there: {self.stored()[-1]}", ran.err)
+                self.calm()
             self.create(serial)
         self.intact("A0", "A1", "A2")
+
+    def test_a_refused_run_is_not_taken_for_its_twin(self):
+        """A row shows no phases. Control: the run that the look finds taken for this one."""
+        self.use(self.another(), "twins")
+        self.create("A", "--phases", json.dumps([phase_named("one")]), env={"TOFUPILOT_QUEUE": ""})
+        more = ("--phases", json.dumps([phase_named("two")]))
+        self.keep("A", *more)
+        self.box.fault("drop-before", "POST /v2/runs")
+        self.send(6)
+        self.box.fault("status", "POST /v2/runs", status=422)
+        ran = self.retry(5)
+        self.assertIn(self.stored()[0], ran.out)
+        self.retry()
+        self.assertEqual(len(on_server(self.box)["A"]), 2)
+
+    def test_a_run_that_somebody_changed_meanwhile_is_found_after_a_refusal(self):
+        """Control: is_same_run, which compares the metadata too, in doubt_refusal()."""
+        self.offline("A")
+        self.box.fault("drop-after", "POST /v2/runs")
+        self.send(6)
+        self.ok("update-metadata", self.stored()[0], "--set", "x=1")
+        self.box.fault("too_large", "POST /v2/runs", limit=10)
+        self.retry(5)
+        ran = self.fails(2, "queue", "fix", self.ref("A"), "--set", "fixed=1")
+        self.assertIn("may be on the server", ran.err)
+
+    def test_a_key_that_is_refused_after_a_lost_answer_leaves_the_doubt(self):
+        """Control: without in_doubt() the entry counts as never sent, and fix makes two runs."""
+        self.use(self.another(), "keys")
+        lost = functools.partial(self.box.fault, "drop-after", "POST /v2/runs")
+        refused = functools.partial(self.box.fault, "status", "POST /v2/runs", status=401)
+        lost()
+        refused()
+        ran = self.create("A", status=3, env={"TOFUPILOT_QUEUE": ""})
+        self.assertIn("may be stored", ran.err)
+        self.offline("B")
+        lost()
+        refused()
+        self.send(3, "--retries", "1")
+        self.fails(2, "queue", "fix", self.ref("B"), "--set", "fixed=1")
+        self.create("A", env={"TOFUPILOT_QUEUE": ""})
+        self.delivered("A", "B")
+
+    def test_a_run_that_perhaps_arrived_is_removed_with_a_word(self):
+        self.offline("A")
+        self.box.fault("drop-after", "POST /v2/runs")
+        self.send(6)
+        ran = self.ok("queue", "rm", self.ref("A"))
+        self.assertIn("(waiting, and perhaps on the server)", ran.out)
+        self.offline("B")
+        ran = self.ok("queue", "rm", self.ref("B"))
+        self.assertIn("(waiting)", ran.out)
+
+    def test_files_that_went_up_another_way_are_not_attached_twice(self):
+        """Control: the upload's ID alone tells whether a run has a file of the queue."""
+        self.use(self.another(), "ways")
+        directly = {"TOFUPILOT_QUEUE": ""}
+        self.with_files("A")
+        self.create("A", *self.attach, env=directly)
+        self.send()
+        self.create("B", *self.attach)
+        self.sql("UPDATE entry SET ended_at = 0")      # the receipts expire
+        self.send()
+        self.create("B", *self.attach)
+        self.intact(A=self.files, B=self.files)
+
+    def test_a_file_whose_bytes_cannot_be_had_is_not_taken_for_one_of_the_queue(self):
+        """The same name and size. Control: with needs_bytes false it is lost."""
+        self.use(self.another(), "bytes")
+        self.create("A", "--attach", self.file("x.txt", b"theirs"), env={"TOFUPILOT_QUEUE": ""})
+        self.keep("A", "--attach", self.file("x.txt", b"mine!!"))
+        real = runs.attachments_of
+
+        def without_urls(*args):
+            return [dict(row, download_url=None) for row in real(*args)]
+        with patch("attachments_of", without_urls):
+            self.send()
+        (files,), = on_server(self.box).values()
+        self.assertEqual([data for _, _, data in files], [b"theirs", b"mine!!"])
 
     def test_where_the_server_cannot_be_asked_after_a_refusal_the_doubt_stays(self):
         """Control: the error of the look swallowed, and fix makes a second run."""
@@ -11601,6 +11785,15 @@ class ExactlyOnceOnAnOldServer(ExactlyOnce):
             if len(on_server(self.box)[serial]) == 2:
                 return
         self.fail("no run is there twice")
+
+    def test_a_create_without_a_queue_that_may_have_arrived_says_to_look_first(self):
+        """Control: the usual hint calls the same command safe, and it makes a second run."""
+        self.box.fault("drop-after", "POST /v2/runs")
+        self.box.fault("drop-before", "GET .*", times=None)
+        ran = self.create("A", *ONCE, status=6, env={"TOFUPILOT_QUEUE": ""})
+        self.assertIn("look first, with ls --serial-numbers A", ran.err)
+        self.calm()
+        self.assertEqual(len(self.stored()), 1)
 
     def test_a_look_that_is_refused_is_no_answer_and_nothing_is_sent_again(self):
         """Control: with only Unavailable caught round the look the run doubles."""

@@ -2869,7 +2869,7 @@ class LocalFile:
     A file that grows meanwhile (a log) goes up with the size it had at the start. BadInput if it
     cannot be read or is no regular file; `name` is its own unless given.
     """
-    match_content = True    # whether a run's attachment of the same content is taken for it
+    needs_bytes = False     # the same name and size will do where the bytes cannot be had
 
     def __init__(self, path, name=None):
         self.path = path
@@ -3148,16 +3148,19 @@ def bring_up(client, rows, file, progress):
 def find_attached(client, rows, file):
     """The row of attachments that is this file, or None.
 
-    Its upload's ID tells; for a local file its name, size, and bytes where they can be had.
+    Its upload's ID tells, else its name, size and bytes. Where the bytes cannot be had, the name
+    and the size will do for a local file.
     """
     import hashlib
     for row in rows:
         if row["id"] == file.upload_id:
             return row
         is_alike = row.get("name") == file.name and row.get("size") == file.size
-        if not is_alike or not file.match_content:
+        if not is_alike:
             continue
         if not row.get("download_url"):
+            if file.needs_bytes:
+                continue
             return row
         digests = []
 
@@ -3598,22 +3601,15 @@ class Client:
         since = first_try or time.time()
         may_exist = False       # a try may have arrived that got no answer
 
-        def look():
-            try:
-                return self.find_existing_run(body, since, known_run_ids)
-            except Error as error:
-                if error.issues and re.match(r"procedure_ids|serial_numbers", error.issues[0]):
-                    return None     # the server knows no such procedure or serial: no run has it
-                raise in_doubt(error)
-
         def existing_run():
             nonlocal may_exist
             may_exist = True
             try:
-                is_safe = self.knows_ref()
+                if self.knows_ref():
+                    return None
+                return self.find_existing_run(body, since, known_run_ids)
             except Error as error:
-                raise in_doubt(error)
-            return None if is_safe else look()
+                raise in_doubt(error, "the server could not be asked")
         if first_try:
             existing = existing_run()
             if existing is not None:
@@ -3621,17 +3617,33 @@ class Client:
         try:
             return self.perform(lambda: self.send("create", body, before_send),
                                 before_resend=existing_run)
-        except (NotFound, Refused):
-            # It speaks of this try alone; a proxy knows nothing of one that arrived before.
-            existing = look() if may_exist else None
-            if existing is None:
-                raise
-            return existing
+        except AccessDenied as error:
+            if may_exist:
+                in_doubt(error, "an earlier try got no answer")
+            raise
+        except (NotFound, Refused) as error:
+            if may_exist:
+                self.doubt_refusal(error, body, known_run_ids())
+            raise
         except Unavailable as error:
             if error.maybe_sent and error.status is None and not error.tells_doubt:
-                error.with_note("the run may be stored or not",
-                                hint="run the same command again: it cannot make a second run")
+                error.with_note("the run may be stored or not")
             raise
+
+    def doubt_refusal(self, error, body, others):
+        """Says in a refusal that an earlier try may have made a run, where one like it is there.
+
+        A refusal speaks of its own try alone: a proxy knows nothing of one that arrived before.
+        `others`: the IDs of runs that are known to be others.
+        """
+        try:
+            for row in self.rows_like(body):
+                if has_times_of(row, body) and row.get("id") not in others:
+                    in_doubt(error, "an earlier try got no answer, and a run of the same unit and "
+                             f"times is there: {row.get('id')}")
+                    return
+        except Error as failure:
+            raise in_doubt(failure, "the server could not be asked") from None
 
     def find_existing_run(self, body, since, known_run_ids):
         """{"id"} of the run that an unanswered create of this body has made, or None.
@@ -3639,31 +3651,41 @@ class Client:
         For servers that do not know client_run_ref. All that a row shows must agree, and the run
         must have been stored after the first try (the server's clock, 10 minutes of slack).
         """
-        begin, _ = utc_parts(body["started_at"])
-        pages = self.pages(serial_numbers=[body["serial_number"]],
-                           procedure_ids=[body["procedure_id"]],
-                           started_after=shift_time(begin, -1).isoformat(),
-                           started_before=shift_time(begin, 2).isoformat(), include_metadata=True)
-        for rows, _ in pages:
+        for row in self.rows_like(body):
             theirs, ours = self.transport.server_clock or (time.time(), time.time())
             passed = ours - since
             earliest = theirs - passed - CLOCK_SLACK
             if passed < 0:      # our clock was set back
                 earliest = 0
-            others = known_run_ids() if rows else ()
-            for row in rows:
-                stored_at = epoch(row.get("created_at")) or theirs
-                if row.get("id") in others or stored_at < earliest:
-                    continue
-                if is_same_run(row, body):
-                    return {"id": row["id"]}
+            stored_at = epoch(row.get("created_at")) or theirs
+            if stored_at < earliest or row.get("id") in known_run_ids():
+                continue
+            if is_same_run(row, body):
+                return {"id": row["id"]}
         return None
 
+    def rows_like(self, body):
+        """The rows of a list of the runs of this body's unit and procedure at its start."""
+        if None in (epoch(body.get("started_at")), epoch(body.get("ended_at"))):
+            return      # no server takes such a run
+        begin, _ = utc_parts(body["started_at"])
+        pages = self.pages(serial_numbers=[body.get("serial_number")],
+                           procedure_ids=[body.get("procedure_id")],
+                           started_after=shift_time(begin, -1).isoformat(),
+                           started_before=shift_time(begin, 2).isoformat(), include_metadata=True)
+        try:
+            for rows, _ in pages:
+                yield from rows
+        except (BadInput, Refused) as error:
+            reason = "".join(error.issues[:1])
+            if not re.match("procedure_ids|serial_numbers", reason):
+                raise       # else there can be no run of such a procedure or unit
 
-def in_doubt(error):
-    """The error, once it says that a run may be on the server although it does not say so."""
+
+def in_doubt(error, reason):
+    """The error, once it says that the run may be on the server, and why that is not known."""
     error.maybe_sent = error.tells_doubt = True
-    return error.with_note("the run may be stored or not: the server could not be asked")
+    return error.with_note(f"the run may be stored or not: {reason}")
 
 
 class Tries:
@@ -3868,6 +3890,15 @@ SHOWN_AT = {"serial_number": "unit.serial_number", "procedure_id": "procedure.id
             "slot_key": "slot_key", "slot_name": "slot_name"}
 
 
+def has_times_of(row, body):
+    """Whether a row of a list has the start and the end of a body."""
+    for field in ("started_at", "ended_at"):     # the server keeps milliseconds
+        shown = epoch(row.get(field)) or 0
+        if abs(shown - epoch(body[field])) > 0.0011:    # and a float is not exact
+            return False
+    return True
+
+
 def is_same_run(row, body):
     """Whether a row of a list can be the run that a create of this body made."""
     for field, path in SHOWN_AT.items():
@@ -3876,10 +3907,8 @@ def is_same_run(row, body):
         made_by_server = not sent and path.startswith("unit.")
         if sent != shown and not made_by_server:
             return False
-    for field in ("started_at", "ended_at"):     # the server keeps milliseconds
-        shown = epoch(row.get(field)) or 0
-        if abs(shown - epoch(body[field])) > 0.0011:    # and a float is not exact
-            return False
+    if not has_times_of(row, body):
+        return False
     metadata = row.get("metadata") or {}
     if metadata != body.get("metadata", {}):
         return False
@@ -4246,8 +4275,11 @@ class Queue:
             raise BadInput(f"{len(entries)} entries begin with {printable(ref, 80)}",
                            "give more of it")
         if not entries:
-            raise NotFound(f"no entry {printable(ref, 80)} in {printable(self.path)}",
-                           "queue ls names them")
+            hint = "queue ls names them"
+            of_unit = next(self.entries(f"serial_number = ? AND state IN {OPEN}", ref), None)
+            if of_unit:
+                hint = f"{printable(ref, 80)} is the serial number of {short_ref(of_unit)}"
+            raise NotFound(f"no entry {printable(ref, 80)} in {printable(self.path)}", hint)
         return entries[0]
 
     def body(self, number):
@@ -4342,12 +4374,11 @@ class Queue:
         The Stored is None where large files must be copied before.
         """
         old = self.by_ref(values["ref"])
-        if old and old["state"] == "fixed":
-            corrected = self.latest(old)
-            if corrected["state"] != "fixed":
-                if not stage.has_all_large(corrected):
-                    return corrected, None
-                return corrected, self.add_to_corrected(corrected, stage)
+        corrected = self.correction_of(old, values, token)
+        if corrected:
+            if not stage.has_all_large(corrected):
+                return corrected, None
+            return corrected, self.add_to_corrected(corrected, stage)
         if token and self.has_received(token, values["ref"]):
             return old, Stored(old, stage.left_out)
         there = old
@@ -4363,6 +4394,16 @@ class Queue:
         if token:
             self.insert("received", token=token, at=time.time())
         return there, Stored(self.by_ref(values["ref"]), stage.left_out, notes)
+
+    def correction_of(self, old, values, token):
+        """The entry that answers for one that was corrected, or None."""
+        if old is None or old["state"] != "fixed" or old["content"] != values["content"]:
+            return None     # in the last case a reference given by hand is used again
+        corrected = self.latest(old)
+        came_back = token and corrected["state"] == "moved"     # the correction was undone there
+        if corrected["state"] == "fixed" or came_back:
+            return None
+        return corrected
 
     def add_to_corrected(self, entry, stage):
         """The Stored of a create whose run was corrected under another ref; it may add files."""
@@ -4381,11 +4422,10 @@ class Queue:
         """
         if old["state"] == "fixed":
             return True
-        if old["state"] == "moved":
-            return token is not None
-        server = values.get("origin") or values.get("server")
-        return old["state"] == "sent" and server is not None and (
-            normal_url(old["origin"] or "") != normal_url(server))
+        if old["state"] == "moved" and token is not None:
+            return True
+        server, other = bound_server(values), bound_server(old)
+        return old["state"] in ENDED and None not in (server, other) and server != other
 
     def require_same_run(self, old, values, token):
         """Raises where the entry that has this ref cannot take this create."""
@@ -4395,6 +4435,12 @@ class Queue:
             raise BadInput(f"client_run_ref {printable(old['ref'], 80)} is another run's in "
                            f"{printable(self.path)}",
                            "give each run a reference of its own, or none")
+        server = bound_server(old)
+        is_for_another = server and bound_server(values) not in (None, server)
+        if token is not None and old["state"] in OPEN and is_for_another:
+            raise BadInput(f"{short_ref(old)} waits there for {server}, and here for "
+                           f"{bound_server(values)}", "send one of them first: "
+                           + queue_command("send", queue=self.path, url=server))
         if old["state"] == "moving" and token is not None:
             there = move_target(old)[1]
             raise self.unusable("a move out of it is not finished", "repeat that first: "
@@ -4429,6 +4475,8 @@ class Queue:
             self.change(number, server=server)
             if old["server"]:
                 notes.append(f"it was stored for {old['server']} and goes to {server} now")
+        elif is_other and normal_url(server) != bound_server(old):
+            notes.append(f"it was begun at {bound_server(old)} and goes there alone")
         return notes
 
     def has_received(self, token, ref):
@@ -4490,8 +4538,9 @@ class Queue:
             self.drop("id = ?", other["id"])
         elif other:
             old = short_ref(entry)
-            raise BadInput(f"the corrected run is in the queue already as {ref[:12]}; both stay "
-                           "as they are", f"remove the wrong one: queue rm {old}")
+            raise BadInput(f"the corrected run is in the queue already as {ref[:12]} "
+                           f"({other['state']}); both stay as they are",
+                           f"remove the wrong one: queue rm {old}")
         kept = ("content", "outcome", "serial_number", "procedure_id", "stored_at")
         values = {name: entry[name] for name in kept}
         self.insert("entry", ref=entry["ref"], state="fixed", target=ref, units="[]",
@@ -4503,8 +4552,9 @@ class Queue:
         """Commits that an entry may be on a server from now on; Removed where it changed."""
         with self.transaction():
             self.sql("UPDATE entry SET tried_at = coalesce(tried_at, ?), origin = ? WHERE id = ? "
-                     "AND ref = ? AND content = ? AND state = 'waiting'",
-                     time.time(), origin, entry["id"], entry["ref"], entry["content"])
+                     "AND ref = ? AND content = ? AND server IS ? AND state = 'waiting'",
+                     time.time(), origin, entry["id"], entry["ref"], entry["content"],
+                     entry["server"])
             if not self.changed_rows():
                 raise Removed
 
@@ -4810,7 +4860,7 @@ def insert_file(queue, number, file):
 
 class QueuedFile:
     """A file in the queue, used like a LocalFile; `save` commits how far it has come."""
-    match_content = False       # its upload's ID alone tells whether a run has it
+    needs_bytes = True      # the same name and size alone are not taken for it
 
     def __init__(self, queue, row):
         self.queue = queue
@@ -4875,6 +4925,11 @@ def short_ref(entry):
     return entry["ref"][:12]
 
 
+def left_out_names(entry):
+    """The names of the files that an entry has to go without."""
+    return str(entry["left_out"]).replace("/", ", ")
+
+
 def move_target(entry):
     """(identity, path) of the queue file that an entry moves to."""
     identity, _, path = (entry["target"] or "").partition(" ")
@@ -4883,7 +4938,7 @@ def move_target(entry):
 
 def bound_server(entry):
     """The server that an entry is for: the one that it was begun at, or that was named; or None."""
-    server = entry["origin"] or entry.get("server")
+    server = entry.get("origin") or entry.get("server")
     return normal_url(server) if server else None
 
 
@@ -4951,7 +5006,8 @@ def require_correctable(entry):
                        f"send those first: queue retry {ref}")
     if entry["tried_at"]:
         raise BadInput(f"{ref} was sent without an answer: it may be on the server",
-                       f"find out first: queue retry {ref}")
+                       f"find out first: queue retry {ref}\nif that is refused, and ls shows no "
+                       f"such run: queue rm {ref}, and create it anew")
 
 
 def move(queue, path):
@@ -4974,15 +5030,21 @@ def move(queue, path):
                 raise BadInput("source and target are the same queue")
             mark_moving(queue, target)
             count = 0
+            refusal = None
             for entry in queue.entries("state = 'moving'"):
                 try:
                     count += hand_over(queue, target, entry)
                 except Damaged as error:
                     queue.change(entry["id"], state="parked", error=error.text, exit_code=5)
+                except BadInput as error:       # this one stays here, and the others go on
+                    refusal = refusal or error
                 except Error as error:
-                    take_back(queue, target)
-                    total = count + sum(1 for _ in queue.entries("state = 'waiting'"))
-                    raise error.with_note(f"{count} of {counted(total, 'run')} moved")
+                    refusal = error
+                    break
+            if refusal:
+                take_back(queue, target)
+                total = count + sum(1 for _ in queue.entries("state = 'waiting'"))
+                raise refusal.with_note(f"{count} of {counted(total, 'run')} moved")
             queue.purge_expired()
             return count, target.path, is_new
 
@@ -5138,6 +5200,7 @@ class SendPass:
         self.width = 1          # how many may be under way
         self.is_calm = False    # whether it stays at one
         self.blocked = set()    # units whose older entry waits
+        self.assemblies = {}    # unit: numbers of the entries that wait for its run
         self.suspects = []      # numbers of entries that failed before one was sent
         self.failures_in_a_row = 0
         self.is_stopped = False
@@ -5266,8 +5329,9 @@ class SendPass:
             self.failures_in_a_row = 0
             self.sent.append(entry["id"])
             self.count_suspects(lane.queue)
-            self.tell(f"sent {entry['serial_number']} {entry['outcome']} as run "
-                      f"{entry['run_id']}")
+            for number in self.assemblies.pop(str(entry["serial_number"]).lower(), ()):
+                lane.queue.change(number, next_try_at=0)
+            self.tell(sent_text(entry))
         elif lane is None or isinstance(error, QueueUnusable):
             self.crash = error
             self.is_stopped = True
@@ -5311,6 +5375,8 @@ class SendPass:
         text = f"{verdict.state} {entry['serial_number']}: {reason[:300]}"
         if verdict.wait:
             text += f"; next try in {verdict.wait:.0f} s"
+        if verdict.state == "parked" and isinstance(error, (NotFound, Refused)):
+            text += "; to correct it: " + queue_command("fix", short_ref(entry), queue=queue.path)
         self.tell(text)
 
     def begun_at(self, entry, error, now):
@@ -5333,7 +5399,10 @@ class SendPass:
         """
         is_for_sub_units = exit_code == 5       # else what is refused does not wait
         if is_for_sub_units:
-            self.blocked.add(str(entry["serial_number"]).lower())
+            own = str(entry["serial_number"]).lower()
+            self.blocked.add(own)
+            for unit in units_of(entry) - {own}:
+                self.assemblies.setdefault(unit, []).append(entry["id"])
         else:
             self.blocked |= units_of(entry)
 
@@ -5352,6 +5421,14 @@ class SendPass:
             if queue.add_suspicion(number, MOST_SUSPECT):
                 self.exit_codes.add(5)
         self.suspects = []
+
+
+def sent_text(entry):
+    """The line of the log for an entry that was sent."""
+    text = f"sent {entry['serial_number']} {entry['outcome']} as run {entry['run_id']}"
+    if entry["left_out"]:
+        text += ", without " + left_out_names(entry)
+    return text
 
 
 def damage(error):
@@ -7325,6 +7402,9 @@ def create_now(call, body, files):
     except Unavailable as error:
         if not error.maybe_sent:
             error.hint += "\nto keep runs meanwhile, add --queue FILE"
+        elif not client.ref_is_known:
+            error.hint += ("\nunless the server is older than September 2026: then look first, "
+                           f"with ls --serial-numbers {printable(body['serial_number'], 80)}")
         raise
     title = "Created run"
     if was_there(call, client, run_id, time.monotonic() - started):
@@ -7818,7 +7898,8 @@ def tell_parked(call, entry, problems):
     command = queue_command("fix", ref, queue=path)
     if any(map(is_inside_json, problems)):
         shown = queue_command("get", ref, "--json", "--out", "run.json", queue=path)
-        call.console.note(f"Fix: {shown}\n  edit run.json, then: {command} --body @run.json")
+        call.console.note(f"Fix: {shown}")
+        call.console.note(f"  edit run.json, then: {command} --body @run.json")
     else:
         call.console.note(f"Fix: {command} [flags of create]")
     removal = queue_command("rm", ref, queue=path)
@@ -7885,8 +7966,7 @@ def entry_json(entry):
     """An entry as queue ls shows it."""
     error = entry["error"]
     if entry["left_out"]:
-        names = str(entry["left_out"]).replace("/", ", ")
-        error = f"without {names}"
+        error = "without " + left_out_names(entry)
         if entry["error"]:
             error += f"; {entry['error']}"
     return {
@@ -7933,6 +8013,9 @@ def run_queue_get(call):
         body = queue.body(entry["id"])
         if folder and body:
             saved = save_queued_files(call, files, folder)
+    if entry["state"] == "fixed":
+        ref = entry["target"][:12]
+        raise NotFound(f"{short_ref(entry)} was corrected", f"its REF is {ref} now")
     if not body and call.format == "json":
         raise NotFound(f"the request of {short_ref(entry)} is gone: it is {entry['state']}",
                        "queue ls --sent --json shows what is left")
@@ -8019,7 +8102,10 @@ def run_queue_fix(call):
     tell_left_out(call, left_out)
     ref = stored.entry["ref"]
     state = stored.entry["state"]
-    lines = [f"Fixed {ref[:12]}, {state}"]
+    name = ref[:12]
+    if ref != entry["ref"]:
+        name += f" (was {short_ref(entry)})"
+    lines = [f"Fixed {name}, {state}"]
     if findings.problems:
         lines = [f"{ref[:12]} is parked"]
         tell_parked(call, stored.entry, findings.problems)
@@ -8072,7 +8158,10 @@ def run_queue_rm(call):
     for entry in entries:
         facts = [short_ref(entry), entry["serial_number"], entry["outcome"]]
         text = " ".join(fact for fact in facts if fact)
-        lines.append(f"Removed {text} ({entry['state']})")
+        state = entry["state"]
+        if state in OPEN and entry["tried_at"]:
+            state += ", and perhaps on the server"
+        lines.append(f"Removed {text} ({state})")
     return Result.text({"client_run_ref": removed}, lines, ids=removed)
 
 
