@@ -2932,12 +2932,16 @@ WRONG_BODIES = r"""
 {"part_number": "a/b"} > part_number: the server takes A-Z a-z 0-9 and _ . : + - only, not \
 '/': write _
 {"metadata": {"a/b": 1}} > metadata.a/b: a key has 1 to 40 of A-Z a-z 0-9 and _ . : + -: write _
-{"ended_at": 5} > ended_at: must be text
-{"ended_at": "2026-05-19T09:59:59+02:00"} > ended_at: is before started_at
+{"ended_at": 5} > ended_at: must be text, such as 2026
+{"ended_at": "2026-05-19T09:59:59+02:00"} > ended_at: 2026-05-19T09:59:59+02:00 is before \
+started_at, 2026-05-19T08:00:00Z
+{"outcome": 1} > outcome: must be text, one of PASS
+{"serial_number": 100} > serial_number: must be text: write "100"
+{"started_at": "gestern"} > started_at: 'gestern' is not a time: use 2026-05-19T08:00:00+02:00, or Z
 {"slot_key": "a"} > slot_key: needs execution_id
 {"execution_id": "e", "slot_name": "a"} > slot_name: needs slot_key
 {"docstring": "\udcff"} > docstring: is not text that UTF-8
-{"client_run_ref": 5} > client_run_ref: must be text
+{"client_run_ref": 5} > client_run_ref: must be text: write "5"
 {"metadata": []} > metadata: must be a JSON object
 {"metadata": null} > metadata: null
 {"metadata": {"a": null}} > metadata.a: null deletes
@@ -2948,7 +2952,7 @@ WRONG_BODIES = r"""
 {"phases": {}} > phases: must be a list
 {"phases": [1]} > phases[0]: must be a JSON object
 {"phases": [{"name": "p", "outcome": "PASS", "started_at": "2026-05-19T08:00:02Z", \
-"ended_at": "2026-05-19T08:00:01Z"}]} > phases[0].ended_at: is before
+"ended_at": "2026-05-19T08:00:01Z"}]} > phases[0].ended_at: 2026-05-19T08:00:01Z is before
 {"phases": [{"name": "p", "outcome": "PASS", "started_at": "2026-05-19T08:00:00Z", \
 "ended_at": "2026-05-19T08:00:01Z", "sequence_path": "a"}]} > phases[0].sequence_path: no sequence
 {"logs": [{"level": "LOUD", "timestamp": "2026-05-19T08:00:00Z", "message": "m", \
@@ -2970,8 +2974,8 @@ run > status Outcome outcom > outcome
 phase > measurments measurement MEASUREMENTS mesaurements > measurements
 phase > nme nmae > name
 measurement > value measuredValue > measured_value
-measurement > lowerLimit limit_low low_limit > lower_limit
-measurement > limit_high high_limit uper_limt > upper_limit
+measurement > lowerLimit limit_low low_limit min low minimum LSL lower > lower_limit
+measurement > limit_high high_limit uper_limt max high maximum usl upper > upper_limit
 measurement > unit > units
 validator > expected_vlaue value limit > expected_value"""
 LOG = {"level": "INFO", "timestamp": BEGIN, "message": "m", "source_file": "f", "line_number": 1}
@@ -2989,6 +2993,9 @@ DOUBTS = """
 {"measured_value": "3.3", "validators": [{"operator": "<", "expected_value": 4}]} > measured_value
 {"measured_value": "1.4.0", "validators": [{"operator": "==", "expected_value": "1.4.0"}]} >\x20
 {"measured_value": true, "lower_limit": 0, "upper_limit": 1} >\x20
+{"measured_value": 0, "x_axis": {"data": [1]}} > measured_value
+{"measured_value": 0, "y_axis": [{"data": [1]}]} > measured_value
+{"y_axis": [{"data": [1]}], "x_axis": {"data": [1]}, "measured_value": null} >\x20
 {"validators": [{"operator": ">="}, {"operator": "in"}]} > validators[0].expected_value
 {"validators": [{"operator": "range", "expression": "1 to 2"}]} >\x20
 {"measured_value": 4, "lower_limit": 5, "upper_limit": 3} > lower_limit
@@ -3052,6 +3059,18 @@ class Checks(unittest.TestCase):
         findings = runs.examine("create", body)[1]
         self.assertEqual(findings.problems, [])
         return [warning.split(": ")[0] for warning in findings.warnings]
+
+    def test_a_number_that_is_text_is_told_with_how_to_write_it(self):
+        """Control: leave a line of number_meant out, or take a wider pattern."""
+        for value, advice in (
+                ("3,31", ": write 3.31, with a decimal point"), ("OK", ""), ("1.4.0", ""),
+                ("-3.31 V", ": write -3.31, and V as units"),
+                ("3.1", ": write 3.1, without quotes"),
+                ("12\xb0C", ": write 12, and \xb0C as units"), ("00042", ""), ("1e3", "")):
+            body = body_with({"measured_value": value, "upper_limit": 4})
+            warning, = runs.examine("create", body)[1].warnings
+            reason = "is text, and its limits are numbers" + advice
+            self.assertTrue(warning.endswith(reason), (value, warning))
 
     def test_what_the_server_takes_and_nobody_means_is_a_warning(self):
         """Control: leave warn_of_operator, or one of the warnings of warn_of_limits, out."""
@@ -3223,6 +3242,10 @@ class Checks(unittest.TestCase):
         text = runs.group_issues(issues)
         times = [f"logs[{number}].timestamp: '{number}' is not a time" for number in range(9)]
         self.assertEqual(len(runs.group_issues(times)), 1)
+        names = [f'logs[0].message: must be text: write "{number}"' for number in range(9)]
+        self.assertEqual(len(runs.group_issues(names)), 1)
+        orders = [f"ended_at: 2026-05-19T0{number}:00:00.5Z is before" for number in range(9)]
+        self.assertEqual(len(runs.group_issues(orders)), 1)
         self.assertEqual(text, [MEASUREMENT_PATH + ".outcome: missing (and 299 more like it)"])
 
     @in_new_york
@@ -3245,9 +3268,9 @@ class Checks(unittest.TestCase):
             self.assertEqual(wire["phases"][1]["started_at"], second + "-05:00")
             self.assertEqual(wire["logs"][0]["timestamp"], day + "01:00:30-05:00")
         problems = problems_of(dict(body, ended_at=day + "00:30:00"))
-        self.assertIn("ended_at: is before started_at", problems)
+        self.assertRegex(problems[0], "ended_at: .*is before started_at")
         written = dict(BODY, started_at=begin + "-04:00", ended_at=second + "-04:00")
-        self.assertEqual(problems_of(written), ["ended_at: is before started_at"])
+        self.assertRegex(problems_of(written)[0], "ended_at: .*is before started_at")
 
     def test_the_reference_of_a_content_is_the_same_for_ever(self):
         text = json.dumps(BODY, sort_keys=True, separators=(",", ":"))

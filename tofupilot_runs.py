@@ -460,7 +460,7 @@ def parse_time(text, fold=0):
                 f"give the time of day too, such as {text}T08:00:00Z")
         require(not is_relative_time(text),
                 f"{text} would make each repetition another run: give the whole time")
-        raise not_a_time(text, "use 2026-05-19T08:00:00Z, with any offset")
+        raise not_a_time(text, "use 2026-05-19T08:00:00+02:00, or Z for UTC")
     *parts, fraction, offset = match.groups("")
     numbers = [int(part or 0) for part in parts]
     try:
@@ -526,7 +526,8 @@ def parse_when(text, now):
             f"{word[1:]} means that long ago already: leave the minus out")
     if re.fullmatch(_TIME, text.strip()):
         return parse_time(text)
-    raise not_a_time(text, "use 2026-05-19T08:00:00Z, a date, today, 24h (ago) or now")
+    raise not_a_time(text, "use 2026-05-19T08:00:00Z, a date, today, yesterday, "
+                     "24h or 7d (ago), or now")
 
 
 @functools.lru_cache(maxsize=64)    # the checks, their order and the ref ask for the same times
@@ -741,15 +742,19 @@ def parse_word(text):
     return value if written_so else text
 
 
+# What differs between problems of one kind: an index, a wrong value, a time, what to write.
+_VARYING = r"\[\d+\]|(?<=: )'[^']*'(?= is not )|\d{4}-\d\d-\d\dT[\d:.Z+-]+|: write .*"
+
+
 def group_issues(issues):
-    """Problems that differ in list indices, or in the value at the place, told once with a count.
+    """Problems that differ in list indices or in values alone, told once with a count.
 
     >>> group_issues(["a[0].b: missing", "a[1].b: missing", "c: is empty"])
     ['a[0].b: missing (and 1 more like it)', 'c: is empty']
     """
     first, counts = {}, collections.Counter()
     for issue in issues:
-        kind = re.sub(r"\[\d+\]|(?<=: )'[^']*'(?= is not )", "[]", issue)
+        kind = re.sub(_VARYING, "[]", issue)
         first.setdefault(kind, issue)
         counts[kind] += 1
     lines = []
@@ -808,6 +813,8 @@ IDENTIFIER_CHARACTERS = "A-Z a-z 0-9 and _ . : + -"
 
 
 def check_text(value, field):
+    if is_number(value):
+        raise ValueError(f'must be text: write "{value}"')
     require(isinstance(value, str), "must be text")
     try:
         value.encode("utf-8")
@@ -851,6 +858,7 @@ def check_name(value, field):
 
 
 def check_enum(value, field):
+    require(isinstance(value, str), "must be text, one of " + " ".join(field.choices))
     word = check_text(value, field).strip()
     if word in field.choices:
         return word
@@ -868,15 +876,19 @@ def check_enum(value, field):
 
 
 def check_time(value, field):
-    if isinstance(value, datetime.datetime):
-        value = to_json(value)
-    return parse_time(check_text(value, field))
+    return parse_time(text_of_time(value))
 
 
 def check_when(value, field):
+    return parse_when(text_of_time(value), datetime.datetime.now().astimezone())
+
+
+def text_of_time(value):
+    """A time that is text, or a datetime, as text."""
     if isinstance(value, datetime.datetime):
         value = to_json(value)
-    return parse_when(check_text(value, field), datetime.datetime.now().astimezone())
+    require(isinstance(value, str), "must be text, such as 2026-05-19T08:00:00Z")
+    return value
 
 
 def check_duration(value, field):
@@ -1386,10 +1398,12 @@ def closest(word, known):
 
 # Names that people give to a field of the API; other slips are found by their letters.
 USUAL_SLIPS = {"value": ("measured_value", "expected_value"), "limit": ("expected_value",),
-               "limit_low": ("lower_limit",), "low_limit": ("lower_limit",),
-               "limit_high": ("upper_limit",), "high_limit": ("upper_limit",),
                "start_time": ("started_at",), "end_time": ("ended_at",),
                "status": ("outcome",), "serial": ("serial_number",)}
+USUAL_SLIPS.update(dict.fromkeys(
+    "min minimum low lower lsl low_limit limit_low".split(), ("lower_limit",)))
+USUAL_SLIPS.update(dict.fromkeys(
+    "max maximum high upper usl high_limit limit_high".split(), ("upper_limit",)))
 
 
 # Fields that get returns and create does not know: sending one back is no slip.
@@ -1440,7 +1454,7 @@ def nearly_known(name, known):
     """
     if not isinstance(name, str):
         return None
-    for usual in USUAL_SLIPS.get(name, ()):
+    for usual in USUAL_SLIPS.get(name.lower(), ()):
         if usual in known:
             return usual
     letters = bare_letters(name)
@@ -1544,7 +1558,8 @@ def check_order_of_times(wire, prefix, findings):
     start = epoch(wire.get("started_at"))
     end = epoch(wire.get("ended_at"))
     if start is not None and end is not None and end < start:
-        findings.problems.append(f"{prefix}ended_at: is before started_at")
+        findings.problems.append(f"{prefix}ended_at: {wire['ended_at']} is before started_at, "
+                                 f"{wire['started_at']}")
 
 
 def check_lengths(measurement, prefix, findings):
@@ -1711,6 +1726,9 @@ def warn_of_measurement(measurement, path, phase_outcome, warnings):
         elif operator in BOUNDS:
             bounds.append((number, operator, rule.get("expected_value")))
     value = measurement.get("measured_value")
+    if value is not None and (measurement.get("x_axis") or measurement.get("y_axis")):
+        warnings.append(f"{path}.measured_value: beside a series (x_axis, y_axis), and get shows "
+                        "the series alone")
     if not is_within_all(value, bounds):        # else nothing is odd, even for 90,000 of them
         for place, reason in doubts_about(value, outcome, bounds):
             if isinstance(place, int):
@@ -1737,12 +1755,13 @@ def is_within_all(value, bounds):
 def doubts_about(value, outcome, bounds):
     """(place, reason) of what is odd about a measured value and its limits.
 
-    The reasons hold no values, so that many of a kind are told as one.
+    The reasons hold no values, but after "write": so many of a kind are told as one.
     """
     numbers = [bound for bound in bounds if is_number(bound[2])]
     if isinstance(value, str):
         if numbers:
-            yield "measured_value", "is text, and its limits are numbers"
+            reason = "is text, and its limits are numbers" + number_meant(value)
+            yield "measured_value", reason
         return
     lower = [bound for bound in numbers if bound[1] in LOWER]
     upper = [limit for _, operator, limit in numbers if operator in UPPER]
@@ -1757,6 +1776,24 @@ def doubts_about(value, outcome, bounds):
             yield place, "is text, and the measured value is a number"
     if outcome == "PASS" and not is_within_all(value, numbers):
         yield "outcome", "PASS, and the measured value is outside of its limits"
+
+
+def number_meant(text):
+    """How to write a number that is given as text, perhaps with its unit; nothing for all else.
+
+    >>> number_meant("3,31"), number_meant("3.31 V"), number_meant("1.4.0")
+    (': write 3.31, with a decimal point', ': write 3.31, and V as units', '')
+    """
+    match = re.fullmatch(r"(?a)(-?(?:0|[1-9]\d*)([.,]\d+)?) *([^\s\d.,]{0,10})", text.strip())
+    if not match:
+        return ""
+    number, fraction, units = match.groups("")
+    advice = ": write " + number.replace(",", ".")
+    if units:
+        return f"{advice}, and {units} as units"
+    if fraction[:1] == ",":
+        return advice + ", with a decimal point"
+    return advice + ", without quotes"
 
 
 def warn_of_phase_times(body, warnings):
