@@ -6060,8 +6060,9 @@ class OutputThatHolds(Case):
         os.mkdir("folder")
         for path in ("folder", os.path.join("none", "r.csv")):
             for more in ((), ("--json",)):
-                ran = self.fails(1, "ls", "--out", path, *more)
+                ran = self.fails(2, "ls", "--out", path, *more)
                 self.assertIn(path.split(os.sep)[0], ran.err)
+        self.assertEqual(self.sent(), [])
 
     def test_a_terminal_gets_a_table_that_fits_with_colour_on_outcomes_alone(self):
         status, text = self.terminal("ls")

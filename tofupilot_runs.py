@@ -9010,6 +9010,8 @@ def refuse_target(call, out):
     path = os.path.realpath(local_path(out))
     if path in queue_files(call):
         raise BadInput(f"--out: {printable(out)} is the queue itself", "name another file")
+    if os.path.isdir(path):
+        raise BadInput(f"--out: {printable(out)} is a folder", "name a file in it")
     folder = os.path.dirname(path)
     if not is_windows_device(path) and not os.path.isdir(folder):
         raise BadInput(f"--out: there is no folder {printable(folder)}",
