@@ -9428,10 +9428,17 @@ class Fixing(QueueCase):
             self.assertIn(f"SN-7 is the serial number of {ref}", ran.err)
 
     def test_the_log_names_the_command_that_corrects_a_refused_run(self):
-        self.keep("A")
+        """Only where it can be corrected. Control: of each run that is parked."""
+        self.offline("A")
+        self.box.fault("drop-after", "POST /v2/runs")
+        self.send(6)
         self.when("A", "status", status=422)
-        ran = self.send(5)
-        self.assertIn(f"queue fix {self.ref('A')} --queue {self.path}", ran.out)
+        for is_there in True, False:
+            ran = self.retry(5)
+            command = runs.queue_command("fix", self.ref("A"), queue=self.path)
+            self.assertEqual(command in ran.out, not is_there)
+            if is_there:
+                self.ok("rm", *self.stored())
 
     def test_the_command_lines_of_a_hint_stand_on_lines_of_their_own(self):
         """Control: both in one note, which shows the end of the line as two characters."""
@@ -9621,7 +9628,7 @@ class ServersOfRuns(QueueCase):
         self.box.fault("drop-before", "POST /v2/runs")
         self.create("A")
         ran = self.keep("A", "--url", self.other.url)
-        self.assertIn(f"it was begun at {self.box.url} and goes there alone", ran.err)
+        self.assertIn(f"it was begun for {self.box.url} and goes there alone", ran.err)
         self.delivered("A")
 
     def test_a_run_that_gets_another_server_at_the_last_moment_goes_to_that_one(self):
@@ -11448,6 +11455,82 @@ class Moving(QueueCase):
         self.move(self.path, self.stick)
         self.delivered("A", "B", at=[self.stick])
 
+    def fix(self, outcome, path):
+        """Gives the one run that waits in a file another outcome."""
+        row, = self.listed("--queue", path)
+        self.ok("queue", "fix", row["client_run_ref"], "--outcome", outcome, "--queue", path)
+
+    def test_a_copy_from_a_third_file_is_answered_by_the_correction_that_moved(self):
+        """Control: any run that a move brings taken for the one whose correction was undone."""
+        self.offline("A")
+        self.keep("A", "--queue", self.third)
+        self.fix("FAIL", self.path)
+        self.move(self.path, self.stick)
+        self.move(self.third, self.path)
+        self.delivered("A", at=[self.path, self.stick])
+
+    def test_an_undone_correction_comes_home_although_another_server_has_its_like(self):
+        """Control: look at the state of the correction, not at when the run was stored."""
+        other = self.another()
+        self.offline("A")
+        self.fix("FAIL", self.path)
+        self.move(self.path, self.stick)
+        self.create("A", "--offline", "--url", other.url, outcome="FAIL")
+        self.fix("PASS", self.stick)
+        self.move(self.stick, self.path)
+        self.send(6, "--url", other.url, env={"TOFUPILOT_API_KEY": other.user_key})
+        self.send()
+        self.intact("A")
+
+    def test_files_of_a_run_whose_correction_was_sent_are_not_dropped_by_a_move(self):
+        """Control: without the raise in add_to_corrected() exit 0, and they are nowhere."""
+        self.keep("A", "--queue", self.stick)
+        self.fix("FAIL", self.stick)
+        self.ok("queue", "send", "--queue", self.stick)
+        self.with_files("A")
+        ran = self.move(self.path, self.stick, 2)
+        self.assertIn("was corrected and is sent", ran.err)
+        self.ok("queue", "get", self.ref("A"), "--download", "d")
+        self.assertEqual(content(self.at("d")), self.files)
+
+    def test_a_correction_for_one_server_does_not_answer_for_another(self):
+        """Control: correction_of() without the look at the servers; by a move and by a create."""
+        other = self.another()
+        self.keep("A", "--queue", self.stick, "--url", other.url)
+        self.fix("FAIL", self.stick)
+        self.offline("A")
+        ran = self.move(self.path, self.stick, 2)
+        self.assertIn(f"goes to {other.url}", ran.err)
+        self.has(waiting=1)
+        self.keep("A", "--queue", self.stick, status=2)
+
+    def test_a_correction_that_came_back_can_be_undone(self):
+        """Control: rename() that knows the receipts of a fix alone calls it a double."""
+        self.offline("A")
+        self.move(self.path, self.stick)
+        self.fix("FAIL", self.stick)
+        self.move(self.stick, self.path)
+        self.fix("PASS", self.path)
+        self.delivered("A")
+
+    def test_a_run_that_stays_keeps_the_younger_ones_of_its_unit(self):
+        """Control: move them all the same, and they overtake it."""
+        other = self.another()
+        self.keep("A", "--queue", self.stick, "--url", other.url)
+        self.offline("A")
+        self.keep("A", outcome="FAIL")
+        self.offline("B")
+        ran = self.move(self.path, self.stick, 2)
+        self.assertIn("1 of 3 runs moved", ran.err)
+        self.has(waiting=2, moved=1)
+
+    def test_a_create_for_another_server_amid_a_move_is_told(self):
+        """Control: without the word about a run that is moving, exit 0 as if it went there."""
+        self.offline("A")
+        self.sql("UPDATE entry SET state = 'moving', target = 'x y'")
+        ran = self.keep("A", "--url", self.another().url)
+        self.assertIn(f"it was begun for {self.box.url} and goes there alone", ran.err)
+
     def test_the_receipt_of_a_move_does_not_answer_for_another_server(self):
         other = self.another()
         self.offline("A")
@@ -11681,6 +11764,15 @@ class ExactlyOnce(QueueCase):
         self.send()
         self.create("B", *self.attach)
         self.intact(A=self.files, B=self.files)
+
+    def test_a_file_that_the_storage_has_lost_goes_up_again(self):
+        """Control: without the except for FileFailed it fails at each pass."""
+        self.use(self.another(), "lost")
+        self.with_files("A")
+        self.create("A", *self.attach, env={"TOFUPILOT_QUEUE": ""})
+        self.box.fault("status", "GET /storage/{id}", times=None, status=404)
+        self.send()
+        self.has(sent=1)
 
     def test_a_file_whose_bytes_cannot_be_had_is_not_taken_for_one_of_the_queue(self):
         """The same name and size. Control: with needs_bytes false it is lost."""

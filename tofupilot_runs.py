@@ -3204,7 +3204,12 @@ def find_attached(client, rows, file):
         def begin():
             digests.append(hashlib.sha256())
             return digests[-1].update
-        fetch(client, row, begin)
+        try:
+            fetch(client, row, begin)
+        except FileFailed as error:
+            if file.needs_bytes and (error.status or 0) in range(400, 500):
+                continue        # they are gone there
+            raise
         if digests[-1].hexdigest() == file.sha256():
             return row
     return None
@@ -4415,7 +4420,7 @@ class Queue:
         if corrected:
             if not stage.has_all_large(corrected):
                 return corrected, None
-            return corrected, self.add_to_corrected(corrected, stage)
+            return corrected, self.add_to_corrected(corrected, stage, token)
         if token and self.has_received(token, values["ref"]):
             return old, Stored(old, stage.left_out)
         there = old
@@ -4436,19 +4441,27 @@ class Queue:
         """The entry that answers for one that was corrected, or None."""
         if old is None or old["state"] != "fixed" or old["content"] != values["content"]:
             return None     # in the last case a reference given by hand is used again
+        if token and old["stored_at"] == values["stored_at"]:
+            return None     # the correction was undone in the file that it comes from
         corrected = self.latest(old)
-        came_back = token and corrected["state"] == "moved"     # the correction was undone there
-        if corrected["state"] == "fixed" or came_back:
+        if corrected["state"] == "fixed":
             return None
+        server = bound_server(corrected)
+        if server and bound_server(values) not in (None, server):
+            raise BadInput(f"{short_ref(old)} was corrected in {printable(self.path)} and goes to "
+                           f"{server}", "keep what goes to another server in another queue file")
         return corrected
 
-    def add_to_corrected(self, entry, stage):
+    def add_to_corrected(self, entry, stage, token):
         """The Stored of a create whose run was corrected under another ref; it may add files."""
         files = stage.missing(entry)
         if entry["state"] in OPEN:
             stage.give_to(entry["id"], files)
             return Stored(self.by_number(entry["id"]), stage.left_out)
         reason = f"the run was corrected and is {entry['state']}: use create-attachment"
+        if token and files:
+            raise BadInput(f"{files[0].name}: {reason}", "save its files with queue get REF "
+                           "--download DIR, then queue rm REF")
         left_out = [(file.name, reason) for file in files]
         return Stored(entry, stage.left_out + left_out)
 
@@ -4507,13 +4520,15 @@ class Queue:
             self.change(number, tried_at=values["tried_at"], origin=values["origin"],
                         run_id=values["run_id"])
         server = values.get("server")
-        is_other = server and server != old["server"] and old["state"] in OPEN
-        if is_other and not old["tried_at"] and not old["run_id"]:
+        goes_to = bound_server(old)
+        is_other = server and old["state"] not in ENDED and normal_url(server) != goes_to
+        was_begun = old["state"] == "moving" or old["tried_at"] or old["run_id"]
+        if is_other and not was_begun:
             self.change(number, server=server)
-            if old["server"]:
-                notes.append(f"it was stored for {old['server']} and goes to {server} now")
-        elif is_other and normal_url(server) != bound_server(old):
-            notes.append(f"it was begun at {bound_server(old)} and goes there alone")
+            if goes_to:
+                notes.append(f"it was stored for {goes_to} and goes to {server} now")
+        elif is_other and goes_to:
+            notes.append(f"it was begun for {goes_to} and goes there alone")
         return notes
 
     def has_received(self, token, ref):
@@ -4571,7 +4586,7 @@ class Queue:
     def rename(self, entry, ref):
         """Leaves a receipt under the old ref of an entry that gets a new one."""
         other = self.by_ref(ref)
-        if other and other["state"] == "fixed":     # the correction was undone
+        if other and is_receipt_of(other, entry):       # the correction was undone
             self.drop("id = ?", other["id"])
         elif other:
             old = short_ref(entry)
@@ -4962,6 +4977,21 @@ def short_ref(entry):
     return entry["ref"][:12]
 
 
+def units_of(entry):
+    """The serial numbers in an entry; none where the column is damaged."""
+    try:
+        return set(json.loads(entry["units"]))
+    except (TypeError, ValueError):
+        return set()
+
+
+def is_receipt_of(other, entry):
+    """Whether other is what a fix or a move left behind of this entry: a run keeps its time."""
+    if other["state"] == "moved":
+        return other["stored_at"] == entry["stored_at"]
+    return other["state"] == "fixed"
+
+
 def left_out_names(entry):
     """The names of the files that an entry has to go without."""
     return str(entry["left_out"]).replace("/", ", ")
@@ -5068,13 +5098,17 @@ def move(queue, path):
             mark_moving(queue, target)
             count = 0
             refusal = None
+            held = set()        # units of runs that stay here: their younger runs stay, too
             for entry in queue.entries("state = 'moving'"):
+                if units_of(entry) & held:
+                    continue
                 try:
                     count += hand_over(queue, target, entry)
                 except Damaged as error:
                     queue.change(entry["id"], state="parked", error=error.text, exit_code=5)
                 except BadInput as error:       # this one stays here, and the others go on
                     refusal = refusal or error
+                    held |= units_of(entry)
                 except Error as error:
                     refusal = error
                     break
@@ -5412,7 +5446,8 @@ class SendPass:
         text = f"{verdict.state} {entry['serial_number']}: {reason[:300]}"
         if verdict.wait:
             text += f"; next try in {verdict.wait:.0f} s"
-        if verdict.state == "parked" and isinstance(error, (NotFound, Refused)):
+        is_refused = verdict.state == "parked" and isinstance(error, (NotFound, Refused))
+        if is_refused and not tried_at and not entry["run_id"]:
             text += "; to correct it: " + queue_command("fix", short_ref(entry), queue=queue.path)
         self.tell(text)
 
@@ -5471,14 +5506,6 @@ def sent_text(entry):
 def damage(error):
     """The Error for what an entry makes this program raise: its data must be damaged."""
     return Damaged(f"unexpected {type(error).__name__}: {error}")
-
-
-def units_of(entry):
-    """The serial numbers in an entry; none where the column is damaged."""
-    try:
-        return set(json.loads(entry["units"]))
-    except (TypeError, ValueError):
-        return set()
 
 
 def number_in(entry, name):
