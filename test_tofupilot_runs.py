@@ -4945,6 +4945,36 @@ class Getting(Case):
                 found = [dict(zip(header, row)) for row in rows]
                 self.assertEqual([row["name"] for row in found], ["vcc"])
 
+    def test_runs_without_a_failed_measurement_are_told_with_a_few_serials(self):
+        """Control: leave note_failures out, or its bound of three."""
+        ids = [self.made(**report_of("F"))]
+        for number in range(5):
+            ids.append(self.made(serial_number=f"SN-{number}"))
+        ran = self.ok("get", *ids, "--failed-only", "--format", "csv")
+        self.assertIn("no failed measurement in 5 of 6 runs: SN-0 SN-1 SN-2 ...\n", ran.err)
+        ran = self.ok("get", *ids[:2], "--failed-only", "--out", "a.xlsx")
+        self.assertIn("no failed measurement in 1 of 2 runs: SN-0\n", ran.err)
+        self.assertEqual(self.ok("get", *ids, "--format", "csv").err, "")
+
+    def test_what_is_no_id_may_be_a_serial_number_or_a_part_of_one(self):
+        """Control: in no_such_id leave list out; the hint and the strip of the serial."""
+        ran = self.fails(4, "ls", "--ids", "00042")
+        self.assertIn("is it a serial number?", ran.err)
+        self.assertIn("ls --serial-numbers 00042", ran.err)
+        ran = self.fails(4, "get", "--serial-number", "43 ")
+        self.assertIn("ls --search-query 43 ", ran.err)
+        run_id = self.made()
+        self.assertEqual(self.ok("get", "--serial-number", "SN-0001 ", "-q").out, run_id + "\n")
+
+    def test_log_lines_have_the_time_of_this_machine_on_a_terminal_and_their_own_in_a_pipe(self):
+        """Control: leave log_time out."""
+        row = dict(LOG, timestamp="2026-05-19T08:00:01.250Z")
+        pipe = runs.Screen(io.StringIO())
+        self.assertIn(row["timestamp"], runs.log_lines([row], pipe, True)[-1])
+        local = runs.local_time(row["timestamp"]).isoformat(" ", "milliseconds")
+        line = runs.log_lines([row], runs.Screen(Terminal()), True)[-1]
+        self.assertIn(f"{local[:23]} {local[23:]}  INFO", line)
+
     def test_all_measurements_of_listed_runs_go_into_one_workbook(self):
         for serial in ("00042", "B"):
             self.made(**report_of(serial))
@@ -5541,7 +5571,7 @@ get --id=
 get --id .
 get --id ..
 get a --id b > --ids
-get > --id
+get > RUN_ID
 update --attachments= --id .. > --attachments
 update --id a --attachments=
 update --id a --attachments ..
@@ -5562,7 +5592,7 @@ create-attachment --id a > --file
 rm --ids=
 rm --ids @none.txt > --ids none
 rm --ids - --api-key-file - > --ids --api-key-file
-rm > --ids
+rm > RUN_ID
 create --body [1]
 create --body 3
 create --body @none.json > --body none.json
@@ -5865,6 +5895,17 @@ class CommandLine(Case):
             self.assertEqual(serve(["--port", str(port)]), 1)
         command = f"python3 test_tofupilot_runs.py serve --port {port % 65535 + 1}"
         self.assertIn(command, told.getvalue())
+
+    def test_a_server_of_this_machine_without_its_scheme_is_told_with_it(self):
+        """Control: leave the question for this machine out of parse_origin."""
+        for host in ("127.0.0.1:8788", "localhost", "localhost:8788"):
+            ran = self.fails(2, "ls", "--url", host)
+            self.assertIn(f"did you mean --url http://{host}?", ran.err)
+
+    def test_commands_without_a_run_id_say_how_it_is_given(self):
+        """Control: leave the check out of run_rm."""
+        self.assertIn("get RUN_ID", self.fails(2, "get").err)
+        self.assertIn("rm RUN_ID", self.fails(2, "rm").err)
 
     def test_flags_without_a_command_are_told(self):
         """Control: take the None of argparse for a word."""

@@ -830,6 +830,10 @@ def check_id(value, field):
     return value
 
 
+def check_serial(value, field):
+    return check_id(value, field).strip()
+
+
 def check_identifier(value, field):
     value = check_text(value, field).strip()
     require(value, "is empty")
@@ -991,7 +995,7 @@ def check_flag(value, field):
 
 
 KINDS = {
-    "text": check_text, "id": check_id, "serial": check_id, "identifier": check_identifier,
+    "text": check_text, "id": check_id, "serial": check_serial, "identifier": check_identifier,
     "name": check_name, "enum": check_enum, "time": check_time, "when": check_when,
     "duration": check_duration, "integer": check_integer, "count": check_count,
     "limit": check_limit, "page": check_page, "seconds": check_seconds, "boolean": check_boolean,
@@ -2120,7 +2124,10 @@ def parse_origin(text, allow_http=False, what="--url"):
         is_alone = path in ("", "/api") and not parts.query + parts.fragment
         require(is_alone, f"{what} must be the address of the server alone")
     except ValueError as error:
-        raise BadInput(str(error), f"give an address such as {CLOUD}") from None
+        hint = f"give an address such as {CLOUD}"
+        if is_this_machine(str(text).partition(":")[0]):
+            hint = f"did you mean {what} http://{text}?"
+        raise BadInput(str(error), hint) from None
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     default_port = {"https": 443, "http": 80}[parts.scheme]
     if parts.port in (None, default_port):
@@ -3805,7 +3812,7 @@ def no_such_id(operation, wire, error):
     if error.status == 400 and error.issues:
         wrong_form = re.match(r"ids?(?:\[(\d+)\])?: ", error.issues[0])
     id = wire.get("id")
-    if wrong_form and operation == "delete":
+    if wrong_form and operation in ("delete", "list"):
         number = int(wrong_form.group(1) or 0)
         id = dict(enumerate(wire["ids"])).get(number)
     if not id or not (wrong_form or isinstance(error, NotFound)):
@@ -5797,6 +5804,9 @@ class Screen:
         if columns:
             self.asked = [path.strip() for path in columns.split(",")]
         self.paths = []
+        self.runs_seen = 0          # by rows_of, with failed_only
+        self.runs_without = 0       # of these those without a row
+        self.serials_without = []   # of the first three of these
         self.tty = format == "table" and isatty(stream)
         self.width = terminal_width() if self.tty else 0
         wants_colour = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -5816,6 +5826,12 @@ class Screen:
             warning = path.warning()
             if warning:
                 self.warn(warning)
+        if self.runs_without:
+            serials = " ".join(self.serials_without)
+            if self.runs_without > len(self.serials_without):
+                serials += " ..."
+            total = counted(self.runs_seen, "run")
+            self.warn(f"no failed measurement in {self.runs_without} of {total}: {serials}")
 
     def put(self, lines):
         self.stream.write("".join(f"{line}\n" for line in lines))
@@ -5876,7 +5892,17 @@ class Screen:
                 measurements = measurement_rows(run, with_points=with_points)
                 if result.failed_only:
                     measurements = [row for row in measurements if row["outcome"] == "FAIL"]
+                    self.note_failures(run, measurements)
                 yield [self.with_run(row, run) for row in measurements]
+
+    def note_failures(self, run, rows):
+        """Remembers a run that has no row of a failed measurement, to tell it at the end."""
+        self.runs_seen += 1
+        if rows:
+            return
+        self.runs_without += 1
+        if len(self.serials_without) < 3:
+            self.serials_without.append(printable(get_path(run, "unit.serial_number"), 60))
 
     def with_run(self, row, run):
         """The row of a measurement; with the fields of its run where columns are asked for."""
@@ -6441,7 +6467,7 @@ def run_report(run, screen, link, failed_only, show_logs):
     yield from phase_lines(phases, screen, failed_only)
     yield from attachment_lines(only_dicts(run.get("attachments")))
     yield from sub_unit_lines(only_dicts(run.get("sub_units")))
-    yield from log_lines(only_dicts(run.get("logs")), show_logs)
+    yield from log_lines(only_dicts(run.get("logs")), screen, show_logs)
 
 
 def verdict_line(run, screen):
@@ -6559,13 +6585,22 @@ def count_by(rows, key):
     return f"{len(rows)}: {text}"
 
 
-def log_lines(rows, show_logs):
+def log_time(row, screen):
+    """The time of a log line: in local time with its offset on a terminal, as it is elsewhere."""
+    local = local_time(row.get("timestamp"))
+    if not screen.tty or local is None:
+        return printable(row.get("timestamp"))
+    text = local.isoformat(" ", "milliseconds")
+    return f"{text[:23]} {text[23:]}"
+
+
+def log_lines(rows, screen, show_logs):
     title = "LOGS         " + count_by(rows, "level")
     if rows and not show_logs:
         return ["", title + "      (show them: --logs)"]
     lines = []
     for row in rows:
-        when = printable(row.get("timestamp"))
+        when = log_time(row, screen)
         level = printable(row.get("level"))
         message = printable(row.get("message"))
         source = printable(row.get("source_file"))
@@ -7266,12 +7301,15 @@ def run_get(call):
             raise BadInput("an ID and --serial-number cannot be combined", "give one of them")
         rows = client.list(serial_numbers=[serial_number], limit=1)["data"]
         if not rows and not call.is_dry_run:
-            raise NotFound(f"no run of the unit {printable(serial_number, 80)}")
+            shown = printable(serial_number, 80)
+            raise NotFound(f"no run of the unit {shown}",
+                           f"{PROG} ls --search-query {shown} finds a part of a serial number")
         ids = [row["id"] for row in rows]
     elif call.arguments.flags.get("ids"):
         ids = call.arguments.wire("delete")["ids"]
     else:
-        raise BadInput("--id is missing", f"{PROG} get ID, or get --serial-number SN-0001")
+        raise BadInput("a run ID is missing",
+                       f"{PROG} get RUN_ID, or get --serial-number SN-0001")
     reader = RunReader(call, client, ids)
     is_single = len(ids) == 1
     if is_single:
@@ -7626,6 +7664,8 @@ def run_finalize(call):
 
 
 def run_rm(call):
+    if not call.arguments.flags.get("ids"):
+        raise BadInput("a run ID is missing", f"{PROG} rm RUN_ID; ls -q prints the IDs")
     wire = call.arguments.wire("delete")
     ids = list(dict.fromkeys(wire["ids"]))
     client = call.client()
