@@ -8048,7 +8048,7 @@ class Windows(HostileCase):
             for args in (["ls", "--json", "--out", "a?b"],
                          ["get", passed, "--download", "to?dir"],
                          ["get", failed, "--exit-status", "--out", "a?b"],
-                         ["ls", "--out", 'folder\\"']):
+                         ["ls", "--out", 'quoted"']):
                 ran = self.fails(1, *args)
                 self.assertIn("cannot write", ran.err)
                 self.assertRegex(ran.err, "Invalid (argument|name)")
