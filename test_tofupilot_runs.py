@@ -7573,7 +7573,7 @@ class Disks(SecretCase):
         with unwritable() as full:
             ran = self.run_script("ls", "--format", "xlsx", stdout=full, status=1)
         self.assertRegex(ran.err, "^error: cannot write")
-        if os.path.exists("/dev/full"):
+        if POSIX and os.path.exists("/dev/full"):
             ran = self.run_script("ls", "--format", "xlsx", "--out", "/dev/full", status=1)
             self.assertRegex(ran.err, "^error: cannot write")
 
