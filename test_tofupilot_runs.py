@@ -3927,9 +3927,22 @@ class PagesAhead(Case):
             rows = [{"id": str(number)} for number in range(cursor, end)]
             meta = {"has_more": end < count, "next_cursor": end if end < count else None}
             return other or {"data": rows, "meta": meta}
-        patched = mock.patch.object(runs.Client, "call", call)
-        patched.start()
-        self.addCleanup(patched.stop)
+        waits = []
+        start_thread = runs.start_thread
+
+        def start(*args):
+            waits.append(start_thread(*args))
+            return waits[-1]
+
+        def wait_for_all():
+            """A thread that nobody waits for would ask in the next test."""
+            for wait in waits:
+                with contextlib.suppress(Exception):
+                    wait()
+        for patched in mock.patch.object(runs.Client, "call", call), patch("start_thread", start):
+            patched.start()
+            self.addCleanup(patched.stop)
+        self.addCleanup(wait_for_all)
         return cursors
 
     def ids(self, **options):
@@ -8745,6 +8758,9 @@ def patch_queue(name, *value, **more):
     return mock.patch.object(runs.Queue, name, *value, **more)
 
 
+NO_QUEUE = {"TOFUPILOT_QUEUE": ""}      # variables of a create that goes directly
+
+
 def phase_named(name):
     """A phase without measurements."""
     return {"name": name, "outcome": "PASS", "started_at": BEGIN, "ended_at": END}
@@ -8829,6 +8845,11 @@ class QueueCase(Case):
     def send(self, status=0, *more, **options):
         """queue send in this process, which must end so. Returns its Ran."""
         return self.fails(status, "queue", "send", *more, **options)
+
+    def send_to(self, box, status=0, *more):
+        """The same with the URL and the key of another sandbox."""
+        key = {"TOFUPILOT_API_KEY": box.user_key}
+        return self.send(status, "--url", box.url, *more, env=key)
 
     def retry(self, status=0, *more, **options):
         """queue retry in this process, which must end so. Returns its Ran."""
@@ -9682,7 +9703,7 @@ class ServersOfRuns(QueueCase):
             return send(lane, entry)
         with mock.patch.object(runs.Lane, "send", late):
             self.send()
-        self.send(0, "--url", self.other.url, env=self.key)
+        self.send_to(self.other)
         self.intact("A", box=self.other)
         self.assertEqual(self.posts(), [])
 
@@ -9690,7 +9711,7 @@ class ServersOfRuns(QueueCase):
         self.nameless()
         self.offline("A")
         self.assertIsNone(self.entry("A")["server"])
-        self.send(0, "--url", self.other.url, env=self.key)
+        self.send_to(self.other)
         self.intact("A", box=self.other)
 
     def test_names_are_compared_in_lower_case_and_without_the_default_port(self):
@@ -11214,6 +11235,11 @@ class Moving(QueueCase):
     def move(self, source, target, status=0):
         return self.fails(status, "queue", "move", target, "--queue", source)
 
+    def fix(self, outcome, path):
+        """Gives the one run that waits in a file another outcome."""
+        row, = self.listed("--queue", path)
+        self.ok("queue", "fix", row["client_run_ref"], "--outcome", outcome, "--queue", path)
+
     def module_move(self, source, target):
         """A move without a command around it; what it refuses changes nothing."""
         with contextlib.suppress(runs.Error), runs.Queue(source) as queue:
@@ -11472,13 +11498,11 @@ class Moving(QueueCase):
         self.assertEqual(self.states(self.stick), {"waiting": 1})
 
     def test_a_correction_that_was_undone_on_the_stick_comes_home(self):
-        """Control: correction_of() without came_back: both files have receipts, nobody the run."""
+        """Control: correction_of() without stored_at: both files have receipts, nobody the run."""
         self.offline("A")
-        self.ok("queue", "fix", self.ref("A"), "--outcome", "FAIL")
+        self.fix("FAIL", self.path)
         self.move(self.path, self.stick)
-        row, = self.listed("--queue", self.stick)
-        ref = row["client_run_ref"]
-        self.ok("queue", "fix", ref, "--outcome", "PASS", "--queue", self.stick)
+        self.fix("PASS", self.stick)
         self.move(self.stick, self.path)
         self.delivered("A")
 
@@ -11490,16 +11514,10 @@ class Moving(QueueCase):
         ran = self.move(self.path, self.stick, 2)
         self.assertRegex(ran.err, f"waits there for {other.url}(.|\n)*1 of 2 runs moved")
         self.has(waiting=1, moved=1)
-        self.send(6, "--queue", self.stick, "--url", other.url,     # B is for the first
-                  env={"TOFUPILOT_API_KEY": other.user_key})
+        self.send_to(other, 6, "--queue", self.stick)       # B is for the first
         self.intact("A", box=other)
         self.move(self.path, self.stick)
         self.delivered("A", "B", at=[self.stick])
-
-    def fix(self, outcome, path):
-        """Gives the one run that waits in a file another outcome."""
-        row, = self.listed("--queue", path)
-        self.ok("queue", "fix", row["client_run_ref"], "--outcome", outcome, "--queue", path)
 
     def test_a_copy_from_a_third_file_is_answered_by_the_correction_that_moved(self):
         """Control: any run that a move brings taken for the one whose correction was undone."""
@@ -11519,7 +11537,7 @@ class Moving(QueueCase):
         self.create("A", "--offline", "--url", other.url, outcome="FAIL")
         self.fix("PASS", self.stick)
         self.move(self.stick, self.path)
-        self.send(6, "--url", other.url, env={"TOFUPILOT_API_KEY": other.user_key})
+        self.send_to(other, 6)
         self.send()
         self.intact("A")
 
@@ -11577,7 +11595,7 @@ class Moving(QueueCase):
         self.offline("A")
         self.move(self.path, self.stick)
         self.keep("A", "--url", other.url)
-        self.send(0, "--url", other.url, env={"TOFUPILOT_API_KEY": other.user_key})
+        self.send_to(other)
         self.intact("A", box=other)
         self.delivered("A", at=[self.stick])
 
@@ -11689,12 +11707,7 @@ class ExactlyOnce(QueueCase):
         """
         self.use(self.another(knows_ref=False), "twins")
         for name in ("one", "two"):
-            phase = {
-                "name": name,
-                "outcome": "PASS",
-                "started_at": "2026-05-19T08:00:00Z",
-                "ended_at": "2026-05-19T08:00:01Z"}
-            self.keep("A", "--phases", json.dumps([phase]))
+            self.keep("A", "--phases", json.dumps([phase_named(name)]))
         self.box.fault("drop-before", "POST /v2/runs", skip=1)
         self.send()
         self.assertEqual(len(on_server(self.box)["A"]), 2)
@@ -11744,7 +11757,7 @@ class ExactlyOnce(QueueCase):
     def test_a_refused_run_is_not_taken_for_its_twin(self):
         """A row shows no phases. Control: the run that the look finds taken for this one."""
         self.use(self.another(), "twins")
-        self.create("A", "--phases", json.dumps([phase_named("one")]), env={"TOFUPILOT_QUEUE": ""})
+        self.create("A", "--phases", json.dumps([phase_named("one")]), env=NO_QUEUE)
         more = ("--phases", json.dumps([phase_named("two")]))
         self.keep("A", *more)
         self.box.fault("drop-before", "POST /v2/runs")
@@ -11773,14 +11786,14 @@ class ExactlyOnce(QueueCase):
         refused = functools.partial(self.box.fault, "status", "POST /v2/runs", status=401)
         lost()
         refused()
-        ran = self.create("A", status=3, env={"TOFUPILOT_QUEUE": ""})
+        ran = self.create("A", status=3, env=NO_QUEUE)
         self.assertIn("may be stored", ran.err)
         self.offline("B")
         lost()
         refused()
         self.send(3, "--retries", "1")
         self.fails(2, "queue", "fix", self.ref("B"), "--set", "fixed=1")
-        self.create("A", env={"TOFUPILOT_QUEUE": ""})
+        self.create("A", env=NO_QUEUE)
         self.delivered("A", "B")
 
     def test_a_run_that_perhaps_arrived_is_removed_with_a_word(self):
@@ -11796,9 +11809,8 @@ class ExactlyOnce(QueueCase):
     def test_files_that_went_up_another_way_are_not_attached_twice(self):
         """Control: the upload's ID alone tells whether a run has a file of the queue."""
         self.use(self.another(), "ways")
-        directly = {"TOFUPILOT_QUEUE": ""}
         self.with_files("A")
-        self.create("A", *self.attach, env=directly)
+        self.create("A", *self.attach, env=NO_QUEUE)
         self.send()
         self.create("B", *self.attach)
         self.sql("UPDATE entry SET ended_at = 0")      # the receipts expire
@@ -11810,7 +11822,7 @@ class ExactlyOnce(QueueCase):
         """Control: without the except for FileFailed it fails at each pass."""
         self.use(self.another(), "lost")
         self.with_files("A")
-        self.create("A", *self.attach, env={"TOFUPILOT_QUEUE": ""})
+        self.create("A", *self.attach, env=NO_QUEUE)
         self.box.fault("status", "GET /storage/{id}", times=None, status=404)
         self.send()
         self.has(sent=1)
@@ -11818,7 +11830,7 @@ class ExactlyOnce(QueueCase):
     def test_a_file_whose_bytes_cannot_be_had_is_not_taken_for_one_of_the_queue(self):
         """The same name and size. Control: with needs_bytes false it is lost."""
         self.use(self.another(), "bytes")
-        self.create("A", "--attach", self.file("x.txt", b"theirs"), env={"TOFUPILOT_QUEUE": ""})
+        self.create("A", "--attach", self.file("x.txt", b"theirs"), env=NO_QUEUE)
         self.keep("A", "--attach", self.file("x.txt", b"mine!!"))
         real = runs.attachments_of
 
@@ -11947,7 +11959,7 @@ class ExactlyOnceOnAnOldServer(ExactlyOnce):
         """Control: the usual hint calls the same command safe, and it makes a second run."""
         self.box.fault("drop-after", "POST /v2/runs")
         self.box.fault("drop-before", "GET .*", times=None)
-        ran = self.create("A", *ONCE, status=6, env={"TOFUPILOT_QUEUE": ""})
+        ran = self.create("A", *ONCE, status=6, env=NO_QUEUE)
         self.assertIn("look first, with ls --serial-numbers A", ran.err)
         self.calm()
         self.assertEqual(len(self.stored()), 1)

@@ -4348,7 +4348,7 @@ class Queue:
         try:
             return self.read_intact(entry)
         except QueueUnusable as error:
-            if "malformed" not in error.message:
+            if not is_damaged_page(error):
                 raise
             raise Damaged("its pages in the queue file are damaged") from None
 
@@ -4453,10 +4453,10 @@ class Queue:
         corrected = self.latest(old)
         if corrected["state"] == "fixed":
             return None
-        server = bound_server(corrected)
-        if server and bound_server(values) not in (None, server):
+        if are_for_different_servers(corrected, values):
             raise BadInput(f"{short_ref(old)} was corrected in {printable(self.path)} and goes to "
-                           f"{server}", "keep what goes to another server in another queue file")
+                           f"{bound_server(corrected)}",
+                           "keep what goes to another server in another queue file")
         return corrected
 
     def add_to_corrected(self, entry, stage, token):
@@ -4481,8 +4481,7 @@ class Queue:
             return True
         if old["state"] == "moved" and token is not None:
             return True
-        server, other = bound_server(values), bound_server(old)
-        return old["state"] in ENDED and None not in (server, other) and server != other
+        return old["state"] in ENDED and are_for_different_servers(old, values)
 
     def require_same_run(self, old, values, token):
         """Raises where the entry that has this ref cannot take this create."""
@@ -4492,9 +4491,9 @@ class Queue:
             raise BadInput(f"client_run_ref {printable(old['ref'], 80)} is another run's in "
                            f"{printable(self.path)}",
                            "give each run a reference of its own, or none")
-        server = bound_server(old)
-        is_for_another = server and bound_server(values) not in (None, server)
-        if token is not None and old["state"] in OPEN and is_for_another:
+        is_open = token is not None and old["state"] in OPEN
+        if is_open and are_for_different_servers(old, values):
+            server = bound_server(old)
             raise BadInput(f"{short_ref(old)} waits there for {server}, and here for "
                            f"{bound_server(values)}", "send one of them first: "
                            + queue_command("send", queue=self.path, url=server))
@@ -4979,6 +4978,11 @@ def entry_values(body, problems=()):
     return values
 
 
+def is_damaged_page(error):
+    """Whether SQLite says that pages of the file are damaged, not that it cannot be used."""
+    return "malformed" in error.message
+
+
 def short_ref(entry):
     """Enough of a ref for people; commands take it, too."""
     return entry["ref"][:12]
@@ -5014,6 +5018,12 @@ def bound_server(entry):
     """The server that an entry is for: the one that it was begun at, or that was named; or None."""
     server = entry.get("origin") or entry.get("server")
     return normal_url(server) if server else None
+
+
+def are_for_different_servers(entry, values):
+    """Whether each of two entries is for a server, and not for the same."""
+    server, other = bound_server(entry), bound_server(values)
+    return None not in (server, other) and server != other
 
 
 def default_queue():
@@ -6510,6 +6520,13 @@ def field_text(run, path, before=""):
     return "" if value in (None, "") else before + printable(value)
 
 
+def local_text(local, precision):
+    """A local time as people read it: its offset stands apart. `precision` is isoformat's."""
+    text = local.isoformat(" ", precision)
+    begin = local.replace(tzinfo=None).isoformat(" ", precision)
+    return f"{begin} {text[len(begin):]}"
+
+
 def time_text(run, name, screen):
     """A time: in local time with its offset on a terminal, in UTC elsewhere."""
     at = epoch(run.get(name))
@@ -6518,10 +6535,8 @@ def time_text(run, name, screen):
     local = local_time(run[name])
     if not screen.tty or local is None:
         return utc_text(run[name])
-    text = local.isoformat(" ", "seconds")
-    local, offset = text[:19], text[19:]
     age = ago(time.time() - at)
-    return f"{local} {offset} ({age})"
+    return f"{local_text(local, 'seconds')} ({age})"
 
 
 def header_fields(run, screen):
@@ -6590,8 +6605,7 @@ def log_time(row, screen):
     local = local_time(row.get("timestamp"))
     if not screen.tty or local is None:
         return printable(row.get("timestamp"))
-    text = local.isoformat(" ", "milliseconds")
-    return f"{text[:23]} {text[23:]}"
+    return local_text(local, "milliseconds")
 
 
 def log_lines(rows, screen, show_logs):
@@ -8346,9 +8360,9 @@ def passes_checks(queue, entry):
     except (AttributeError, TypeError, ValueError, RecursionError):
         return False
     except QueueUnusable as error:
-        if "malformed" not in error.message:
+        if not is_damaged_page(error):
             raise
-        return False        # its pages are damaged; the others go on
+        return False        # the others go on
     return not findings.problems and not lost_numbers(entry, body)
 
 
