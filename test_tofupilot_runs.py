@@ -3927,6 +3927,17 @@ class PagesAhead(Case):
             rows = [{"id": str(number)} for number in range(cursor, end)]
             meta = {"has_more": end < count, "next_cursor": end if end < count else None}
             return other or {"data": rows, "meta": meta}
+        patched = mock.patch.object(runs.Client, "call", call)
+        patched.start()
+        self.addCleanup(patched.stop)
+        self.addCleanup(self.followed_threads())
+        return cursors
+
+    def followed_threads(self):
+        """Returns a function that waits for all threads of pages.
+
+        A thread that nobody waits for would ask in the next test.
+        """
         waits = []
         start_thread = runs.start_thread
 
@@ -3935,15 +3946,13 @@ class PagesAhead(Case):
             return waits[-1]
 
         def wait_for_all():
-            """A thread that nobody waits for would ask in the next test."""
             for wait in waits:
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(runs.Error):
                     wait()
-        for patched in mock.patch.object(runs.Client, "call", call), patch("start_thread", start):
-            patched.start()
-            self.addCleanup(patched.stop)
-        self.addCleanup(wait_for_all)
-        return cursors
+        patched = patch("start_thread", start)
+        patched.start()
+        self.addCleanup(patched.stop)
+        return wait_for_all
 
     def ids(self, **options):
         return [int(row["id"]) for row in self.client().iterate(page_size=10, **options)]
@@ -4092,6 +4101,32 @@ class PagesAhead(Case):
         self.server(60, page)
         found = self.ids()
         self.assertEqual(len(found), len(set(found)))
+
+    def test_a_page_that_nobody_reads_any_more_is_not_tried_again(self):
+        """Control: leave the retries in PageReader.close: a server that is away is told twice."""
+        begun, ended = threading.Event(), threading.Event()
+        wait_for_all = self.followed_threads()
+        asked, told = [], []
+
+        def send(client, name, wire, before_send=None):
+            cursor = wire.get("cursor", 0)
+            asked.append(cursor)
+            if cursor == 20:
+                begun.wait(10)
+            if cursor == 30:
+                begun.set()
+                ended.wait(10)
+                raise runs.Unavailable("away")
+            meta = {"has_more": cursor < 20, "next_cursor": cursor + 10}
+            return {"data": [{"id": str(cursor)}], "meta": meta}
+        with mock.patch.object(runs.Client, "send", send), patch("delay", lambda *_: 0):
+            client = self.client(notify=told.append)
+            found = list(client.iterate(page_size=10))
+            ended.set()
+            wait_for_all()
+        self.assertEqual([row["id"] for row in found], ["0", "10", "20"])
+        self.assertEqual(asked.count(30), 1)
+        self.assertEqual(told, [])
 
     def test_the_connections_of_the_pages_ahead_are_closed_at_the_end(self):
         """Control: leave close() out of the PageReader, or close one of them."""

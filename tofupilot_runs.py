@@ -3605,8 +3605,6 @@ class Client:
         `repeatable`: whether it may be sent once more after it may have arrived. `before_resend` is
         called before that: what it returns, if not None, is the result, and nothing is sent again.
         """
-        if retries is None:
-            retries = self.retries
         tries = Tries(self, retries, repeatable)
         while True:
             try:
@@ -3738,7 +3736,11 @@ def in_doubt(error, reason):
 
 
 class Tries:
-    """The tries of one request: how many failed, and whether one of them may have arrived."""
+    """The tries of one request: how many failed, and whether one of them may have arrived.
+
+    `limit`: how many may follow the first. None: the client's `retries`, as they are when a try
+    has failed.
+    """
 
     def __init__(self, client, limit, repeatable):
         self.client = client
@@ -3772,7 +3774,8 @@ class Tries:
             return False
         if error.maybe_sent and not self.repeatable:
             return False
-        if self.count > self.limit:
+        limit = self.client.retries if self.limit is None else self.limit
+        if self.count > limit:
             return False
         return sum(self.waits) + seconds <= MAX_TOTAL_WAIT
 
@@ -3899,21 +3902,24 @@ class PageReader:
                 self.ahead[cursor + skipped] = start_thread(self.ask, values)
 
     def ask(self, values):
-        """The answer for one page. Runs in a thread of its own."""
+        """The answer for one page, or None if nobody reads it. Runs in a thread of its own."""
         try:
             client = self.idle.pop()
         except IndexError:
             client = self.client.clone()
             self.clones.append(client)
         try:
-            return client.call("list", values)
+            return None if self.is_closed else client.call("list", values)
         finally:
             self.idle.append(client)
             if self.is_closed:
                 client.close()
 
     def close(self):
+        """Nobody reads what is still asked for: it is not tried again, and no failure is told."""
         self.is_closed = True
+        for client in self.clones[:]:
+            client.retries = 0
         for client in self.idle[:]:
             client.close()
 
