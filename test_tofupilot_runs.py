@@ -8635,6 +8635,7 @@ runs.Queue.sql = run
 KILL = AT_STATEMENT % "seen[0] == n: os.kill(os.getpid(), 9)"   # on Windows: TerminateProcess
 KILL_STATUS = -9 if POSIX else 9
 HAS_FORK = hasattr(os, "fork")
+WINE_FAILED = 1359      # Wine's "Internal error", seen once at the start of a process
 FULL_DISK = AT_STATEMENT % """seen[0] >= n and sql[:6] in ("INSERT", "UPDATE", "COMMIT", "PRAGMA"):
         raise self.unusable("database or disk is full")"""
 NO_LOOK = "runs.Client.find_existing_run = lambda *args, **more: None\n"
@@ -8667,10 +8668,15 @@ class Forge:
         self.spawn()
 
     def spawn(self):
-        self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-W", "error", "-c", FORGE, compiled_script(),
-             *self.output],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        words = [sys.executable, "-I", "-S", "-B", "-W", "error", "-c", FORGE, compiled_script(),
+                 *self.output]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        try:
+            self.process = subprocess.Popen(words, **pipes)
+        except OSError as error:
+            if getattr(error, "winerror", None) != WINE_FAILED:
+                raise
+            self.process = subprocess.Popen(words, **pipes)
 
     def start(self, folder, env, argv, patch="", n=0, alarm=0):
         """Begins a command line. Returns the ID of its process; end() must follow."""
