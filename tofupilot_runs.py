@@ -4049,6 +4049,7 @@ RECEIVED = "CREATE TABLE IF NOT EXISTS received (token TEXT PRIMARY KEY, at REAL
 OPEN = ("waiting", "parked")            # what fix and retry take
 ENDED = ("sent", "moved", "fixed")      # receipts
 
+
 class Removed(Error):
     """The entry is not there any more, or not as it was: another command was quicker."""
 
